@@ -1,0 +1,161 @@
+"""Attacks that follow the input gradient: FGSM and PGD, against the model or for it."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from metarobust._checks import choice, finite, integer, labels, message, require
+from metarobust.attacks._common import buffers_kept, checked
+from metarobust.attacks._counting import record_call
+from metarobust.losses import Loss, loss_function
+from metarobust.threat_models import ThreatModel
+from metarobust.types import Model
+
+DIRECTIONS = ("adversary", "anti_adversary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM:
+    """The fast gradient sign method: one step of length epsilon (Goodfellow et al., 2015, arXiv 1412.6572, section 4).
+
+    For l2 and l1 the step follows the direction of steepest ascent in that norm.
+
+    Args:
+        threat_model: ball and box, in input units.
+        loss: ``"cross_entropy"``, ``"margin"``, or a callable ``(logits, y) -> [batch]``.
+        direction: ``"adversary"`` raises the loss, ``"anti_adversary"`` lowers it.
+
+    Example:
+        >>> attack = FGSM(threat_model=ThreatModel(norm="linf", epsilon=0.1))
+        >>> attack(lambda x: x, torch.tensor([[0.6, 0.4]]), torch.tensor([0]))
+        tensor([[0.5000, 0.5000]])
+    """
+
+    threat_model: ThreatModel
+    loss: str | Loss = "cross_entropy"
+    direction: str = "adversary"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @torch.inference_mode(False)
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
+        x, y = checked(self.threat_model, x, y)
+        return _ascend(self, model, x, y, x, steps=1, step_size=self.threat_model.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Projected gradient descent: k steps of steepest ascent, each projected back (Madry et al., 2018, arXiv 1706.06083).
+
+    Maximises the per-example loss over the threat model's ball and box; ``direction="anti_adversary"`` minimises it
+    (Zhou et al., 2023). The model is called in the mode it is in, on ``restarts * batch`` rows at once. With one restart the
+    last iterate is the result, after exactly ``steps`` forward-backward passes; with several, one more forward pass picks the
+    best last iterate per example.
+
+    Args:
+        threat_model: ball and box, in input units.
+        steps: number of gradient steps, at least 1.
+        step_size: length of one step in the ball's norm, input units. Default ``2.5 * epsilon / steps`` (Madry et al., 2018).
+        random_start: begin at a uniform point of the ball; the first restart too.
+        restarts: independent runs; the best is kept per example.
+        loss: ``"cross_entropy"``, ``"margin"``, or a callable ``(logits, y) -> [batch]``.
+        direction: ``"adversary"`` raises the loss, ``"anti_adversary"`` lowers it.
+
+    Raises:
+        ValueError: on a call, for inputs outside the box or labels outside the classes.
+        TypeError: on a call, for inputs or labels of the wrong dtype.
+
+    Example:
+        >>> attack = PGD(threat_model=ThreatModel(norm="linf", epsilon=0.1), steps=10)
+        >>> x_adv = attack(lambda x: x, torch.tensor([[0.6, 0.4]]), torch.tensor([0]), generator=torch.Generator())
+        >>> x_adv
+        tensor([[0.5000, 0.5000]])
+    """
+
+    threat_model: ThreatModel
+    steps: int = 10
+    step_size: float | None = None
+    random_start: bool = True
+    restarts: int = 1
+    loss: str | Loss = "cross_entropy"
+    direction: str = "adversary"
+
+    def __post_init__(self) -> None:
+        integer("steps", self.steps, least=1)
+        integer("restarts", self.restarts, least=1)
+        if self.step_size is not None:
+            finite("step_size", self.step_size, above=0.0)
+        require(
+            self.random_start or self.restarts == 1,
+            "restarts",
+            "1 without a random start (every restart would be the same)",
+            self.restarts,
+            "write random_start=True",
+        )
+        _check(self)
+
+    @torch.inference_mode(False)
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
+        x, y = checked(self.threat_model, x, y)
+        step_size = 2.5 * self.threat_model.epsilon / self.steps if self.step_size is None else self.step_size
+        rows = repeat(x, "batch ... -> (restarts batch) ...", restarts=self.restarts)
+        targets = repeat(y, "batch -> (restarts batch)", restarts=self.restarts)
+        start = self.threat_model.sample(rows, generator=generator) if self.random_start else rows
+        moved = _ascend(self, model, rows, targets, start, steps=self.steps, step_size=step_size)
+        if self.restarts == 1:
+            return moved
+        with torch.no_grad(), buffers_kept(model):
+            reached = loss_function(self.loss)(model(moved), targets)
+        reached = rearrange(reached, "(restarts batch) -> restarts batch", restarts=self.restarts)
+        best = (reached if self.direction == "adversary" else -reached).argmax(0)
+        moved = rearrange(moved, "(restarts batch) ... -> restarts batch ...", restarts=self.restarts)
+        return moved[best, torch.arange(len(x), device=x.device)]
+
+
+def _check(attack: FGSM | PGD) -> None:
+    if not isinstance(attack.threat_model, ThreatModel):
+        raise TypeError(message("threat_model", "a ThreatModel", repr(attack.threat_model)))
+    loss_function(attack.loss)
+    choice("direction", attack.direction, DIRECTIONS)
+
+
+def _ascend(
+    attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tensor, *, steps: int, step_size: float
+) -> Tensor:
+    """``steps`` projected steps from ``start``; the summed loss decouples the rows, so one backward pass serves them all."""
+    record_call(len(x))
+    threat_model, loss = attack.threat_model, loss_function(attack.loss)
+    if len(x) == 0 or threat_model.epsilon == 0:
+        return x.clone()
+    signed_step = step_size if attack.direction == "adversary" else -step_size
+    lowest, highest = threat_model.bounds(x) if threat_model.norm == "linf" else (x, x)
+    x_adv = start
+    with torch.enable_grad(), buffers_kept(model):
+        for step in range(steps):
+            x_adv = x_adv.detach().requires_grad_()
+            logits = model(x_adv)
+            if step == 0:
+                labels(y, examples=len(x), classes=logits.shape[-1])
+            gradient = _input_gradient(loss(logits, y).sum(), x_adv)
+            if threat_model.norm == "linf":  # the direction and the projection, fused and in place
+                moved = gradient.sign().mul_(signed_step).add_(x_adv.detach())
+                x_adv = torch.minimum(torch.maximum(moved, lowest, out=moved), highest, out=moved)
+            else:
+                direction = threat_model.ascent_direction(gradient if signed_step > 0 else -gradient, x_adv.detach())
+                x_adv = threat_model.project(x_adv.detach() + step_size * direction, x)
+    return x_adv.detach()
+
+
+def _input_gradient(loss: Tensor, x: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "the model's logits must depend differentiably on x, got logits without a gradient; "
+            "remove torch.no_grad(), .detach(), .round() or .argmax() from the model's forward pass"
+        )
+    return gradient

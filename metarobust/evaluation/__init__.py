@@ -1,0 +1,6 @@
+"""How robust a model is: attacks run to the per-example worst case, and a report that says how it was found."""
+
+from metarobust.evaluation._evaluate import evaluate
+from metarobust.evaluation._report import RobustnessReport
+
+__all__ = ["RobustnessReport", "evaluate"]

@@ -1,0 +1,31 @@
+"""Update: how the parameters move. Learned update rules, the streams they read, their training, transfer and storage."""
+
+from metarobust.meta_optimizers._calibration import Calibration, calibrate, train_optimizees
+from metarobust.meta_optimizers._factor_gradients import FactorGradients, FactorRecorder, factor_gradients, record_factors
+from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
+from metarobust.meta_optimizers._meta_training import MetaTraining, MetaTrainingSettings, meta_train
+from metarobust.meta_optimizers._storage import load, save
+from metarobust.meta_optimizers._tasks import ClassificationTask
+from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
+from metarobust.meta_optimizers._transformation import combine_factors, gradients_only
+
+__all__ = [
+    "Calibration",
+    "ClassificationTask",
+    "FactorGradients",
+    "FactorRecorder",
+    "LSTMOptimizer",
+    "LSTMState",
+    "LearnedOptimizer",
+    "MetaTraining",
+    "MetaTrainingSettings",
+    "calibrate",
+    "combine_factors",
+    "factor_gradients",
+    "gradients_only",
+    "load",
+    "meta_train",
+    "record_factors",
+    "save",
+    "train_optimizees",
+]

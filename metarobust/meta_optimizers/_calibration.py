@@ -1,0 +1,89 @@
+"""Setting the strength of the second stream by whole training runs, where truncated back-propagation sees only a window."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torchopt import apply_updates
+from torchopt.base import GradientTransformation
+
+from metarobust._checks import integer, require
+from metarobust.meta_optimizers._lstm import LSTMOptimizer
+from metarobust.meta_optimizers._tasks import ClassificationTask
+from metarobust.types import Task
+
+
+class Calibration(NamedTuple):
+    """The offsets chosen for (first layer, other layers) and the score of every pair tried, higher is better."""
+
+    offsets: tuple[float, float]
+    scores: dict[tuple[float, float], float]
+
+
+def train_optimizees(
+    task: Task, rule: GradientTransformation, *, total_steps: int, generator: torch.Generator, keep: Sequence[int] = ()
+) -> dict[int, tuple[Tensor, ...]]:
+    """Train a task's optimizees with a fixed rule; parameters after ``total_steps`` and at the steps to ``keep``."""
+    parameters = task.initial_parameters(generator=generator)
+    state = rule.init(cast("Any", parameters))
+    kept = {0: parameters}
+    for step in range(1, total_steps + 1):
+        _, streams = task.streams(parameters, generator=generator)
+        with torch.no_grad():
+            updates, state = rule.update(cast("Any", streams), state, params=cast("Any", parameters), inplace=False)
+            parameters = cast("Any", apply_updates(cast("Any", parameters), updates, inplace=False))
+        if step in keep or step == total_steps:
+            kept[step] = parameters
+    return kept if 0 in keep else {step: p for step, p in kept.items() if step}
+
+
+def calibrate(
+    meta_optimizer: LSTMOptimizer,
+    tasks: Sequence[ClassificationTask],
+    *,
+    total_steps: int,
+    first: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    others: Sequence[float] = (0.0, 0.1, 0.2),
+    seed: int = 0,
+) -> Calibration:
+    r"""Choose constant offsets of the factor coefficients by whole training runs on validation tasks.
+
+    Truncated back-propagation judges a coefficient by what it does within one window, and there a strong second stream costs
+    more than it brings; over a whole run the balance is different. This tries every pair of offsets, for the first layer's
+    coefficient and for the others', trains each task for ``total_steps``, scores the mean accuracy on the task's own judging
+    examples (attacked by the task's ``meta_attack``), adds the best pair to the meta-optimizer in place and records it.
+
+    Args:
+        meta_optimizer: reads two streams.
+        tasks: tasks that neither meta-training nor deployment uses; all pairs see the same tasks and the same randomness.
+        total_steps: optimizee steps of a run, as in deployment.
+        first: offsets tried for the first layer's coefficient; 0 should be among them.
+        others: offsets tried for the other layers' coefficient.
+        seed: of the runs.
+
+    Raises:
+        ValueError: the meta-optimizer reads one stream, or there is no task.
+    """
+    require(meta_optimizer.two_streams, "meta_optimizer", "one that reads two streams", "one that reads the gradient alone")
+    require(len(tasks) > 0, "tasks", "at least one task", "none")
+    integer("total_steps", total_steps, least=1)
+    assert meta_optimizer.factor_coefficient is not None
+    start = meta_optimizer.factor_coefficient.detach().clone()
+    scores: dict[tuple[float, float], float] = {}
+    for pair in product(first, others):
+        meta_optimizer.shift_factor_coefficients(first=pair[0], others=pair[1])
+        rule = meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
+        accuracies = []
+        for number, task in enumerate(tasks):
+            generator = torch.Generator().manual_seed(seed + number)
+            final = train_optimizees(task, rule, total_steps=total_steps, generator=generator)[total_steps]
+            accuracies.append(task.meta_accuracy(final, generator=generator).mean())
+        scores[pair] = torch.stack(accuracies).mean().item()
+        with torch.no_grad():
+            meta_optimizer.factor_coefficient.copy_(start)
+    best = max(scores, key=lambda pair: scores[pair])
+    meta_optimizer.shift_factor_coefficients(first=best[0], others=best[1])
+    meta_optimizer.record["calibration"] = {"first": best[0], "others": best[1], "score": scores[best]}
+    return Calibration(best, scores)

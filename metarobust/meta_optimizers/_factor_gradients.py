@@ -1,0 +1,266 @@
+r"""The perturbed-factor gradient: adversarial information from one clean forward-backward pass.
+
+A layer's weight gradient is a product of two factors that the clean backward pass already holds: the layer's input
+:math:`a` and the loss gradient at its output :math:`d`, :math:`g = \sum_i d_i \otimes a_i`. This module replaces the input
+factor by its first-order worst case and keeps :math:`d`:
+
+.. math:: h = \sum_i d_i \otimes e_i
+
+For the first layer :math:`e` is the worst move inside the threat model's ball and box, in input units; for l_inf, away from the
+box, :math:`h` is exactly the derivative of :math:`\epsilon \|dL/dx\|_1` with respect to that layer's weight at fixed
+:math:`d`. For deeper layers :math:`e = \overline{|a|}\,\mathrm{sign}(dL/da)`, so that a coefficient of h is relative to the
+activation scale. No perturbed input is formed or forwarded and no attack is called; the cost is one extra weight gradient per
+layer. The closest relatives are YOPO (Zhang et al., 2019, arXiv 1905.00877) and input-gradient regularisation.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from metarobust._checks import require
+from metarobust._tensors import norms, per_example
+from metarobust.models import Normalize
+from metarobust.models._stacked import StackedConv2d, StackedLinear, convolution_weight_gradient
+from metarobust.threat_models import ThreatModel
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, StackedLinear, StackedConv2d)
+
+
+class FactorGradients(NamedTuple):
+    """``loss`` and, one entry per parameter, the gradient and the perturbed-factor gradient (zero for biases and gains)."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+    perturbed_factor_gradients: tuple[Tensor, ...]
+
+
+@dataclass
+class _LayerCall:
+    """One call of one layer: where its gradients will appear, and the factor to perturb."""
+
+    layer: nn.Module
+    weight: Tensor
+    inputs: Tensor
+    input_edge: GradientEdge
+    output_edge: GradientEdge
+    first: bool
+    normalize: tuple[Normalize, torch.Size] | None
+
+
+class FactorRecorder:
+    """Watches the layer calls of one forward pass; ``backward`` then fills ``.grad`` and the second stream.
+
+    Made by :func:`record_factors`.
+    """
+
+    def __init__(self, model: nn.Module, threat_model: ThreatModel) -> None:
+        self.model, self.threat_model = model, threat_model
+        self._calls: list[_LayerCall] = []
+        self._normalize: tuple[Normalize, torch.Size] | None = None
+
+    def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        (inputs, *rest) = args
+        if not torch.is_grad_enabled() or inputs.requires_grad:
+            return None
+        # An input that depends on no parameter: make it a leaf, so that the backward pass reaches it.
+        return (inputs.detach().requires_grad_(), *rest)
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs = args[0]
+        if not output.requires_grad or not inputs.requires_grad:
+            return
+        first = inputs.is_leaf or not self._calls
+        self._calls.append(
+            _LayerCall(
+                layer,
+                cast("Tensor", layer.weight),
+                inputs,
+                # Edges, not tensors: an in-place activation after the layer would redirect the tensor's gradient.
+                get_gradient_edge(inputs),
+                get_gradient_edge(output),
+                first,
+                self._normalize if first else None,
+            )
+        )
+
+    def _after_normalize(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._normalize = (cast("Normalize", layer), output.shape)
+
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor] | None = None, *, create_graph: bool = False
+    ) -> FactorGradients:
+        """Differentiate ``loss`` once and return both streams, in the order of ``parameters``.
+
+        Args:
+            loss: scalar computed inside the recording block.
+            parameters: the tensors to differentiate by; default: those of the model that require a gradient.
+            create_graph: keep the graph of both streams, to differentiate through them.
+        """
+        targets = tuple(p for p in self.model.parameters() if p.requires_grad) if parameters is None else tuple(parameters)
+        require(loss.dim() == 0, "loss", "a scalar", f"shape {list(loss.shape)}", "write loss.mean()")
+        require(
+            bool(self._calls),
+            "loss",
+            "computed inside the recording block by a model with Linear or Conv layers",
+            "no recorded layer call",
+            "call the model inside the block, under enabled gradients",
+        )
+        edges = [edge for call in self._calls for edge in (call.input_edge, call.output_edge)]
+        found = torch.autograd.grad(loss, [*targets, *edges], create_graph=create_graph, allow_unused=True)
+        gradients = tuple(
+            torch.zeros_like(p) if g is None else g for p, g in zip(targets, found[: len(targets)], strict=True)
+        )
+        place = {id(p): i for i, p in enumerate(targets)}
+        perturbed: list[Tensor | None] = [None] * len(targets)
+        with torch.set_grad_enabled(create_graph):
+            factors = zip(self._calls, found[len(targets) :: 2], found[len(targets) + 1 :: 2], strict=True)
+            for call, input_gradient, output_gradient in factors:
+                index = place.get(id(call.weight))
+                if index is None or input_gradient is None or output_gradient is None:
+                    continue
+                worst = self._worst_case_factor(call, input_gradient)
+                h = _weight_gradient(call, worst, output_gradient)
+                before = perturbed[index]
+                perturbed[index] = h if before is None else before + h  # a shared weight sums its calls
+        return FactorGradients(
+            loss,
+            gradients,
+            tuple(torch.zeros_like(p) if h is None else h for p, h in zip(targets, perturbed, strict=True)),
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``."""
+        targets = [p for p in self.model.parameters() if p.requires_grad]
+        result = self.gradients(loss, targets)
+        for p, g, h in zip(targets, result.gradients, result.perturbed_factor_gradients, strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+            earlier = getattr(p, "perturbed_factor_grad", None)
+            # A fresh step (after zero_grad) starts a fresh second stream too.
+            accumulating = earlier is not None and p.grad is not g
+            cast("Any", p).perturbed_factor_grad = earlier + h if accumulating else h
+
+    def _worst_case_factor(self, call: _LayerCall, gradient: Tensor) -> Tensor:
+        threat_model, inputs = self.threat_model, call.inputs
+        if not call.first:
+            direction = threat_model.ascent_direction(gradient)
+            return direction * _activation_scale(inputs, threat_model.norm, getattr(call.layer, "copies", 1))
+        if call.normalize is None:
+            return self._worst_move(inputs, gradient)
+        normalize, shape = call.normalize
+        require(
+            inputs.numel() == shape.numel(),
+            "model",
+            "such that its first layer reads the output of Normalize, reshaped at most",
+            f"an input of shape {list(inputs.shape)} after Normalize gave {list(shape)}",
+        )
+        std, mean = (normalize._channels(v, inputs.reshape(shape)) for v in (normalize.std, normalize.mean))
+        pixels = inputs.reshape(shape) * std + mean
+        return (self._worst_move(pixels, gradient.reshape(shape) / std) / std).reshape(inputs.shape)
+
+    def _worst_move(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """First-order worst case in the input: an epsilon step of steepest ascent, stopped by the box."""
+        move = self.threat_model.epsilon * self.threat_model.ascent_direction(gradient)
+        return (x.detach() + move).clamp(self.threat_model.lower, self.threat_model.upper) - x.detach()
+
+
+def _activation_scale(inputs: Tensor, norm: str, copies: int) -> Tensor:
+    """Mean size of a layer's input, per copy: mean absolute entry (l_inf) or mean length per example (l2)."""
+    size = norms(inputs, "l1") / max(1, inputs[:1].numel()) if norm == "linf" else norms(inputs, "l2")
+    scale = size.reshape(copies, -1).mean(1).repeat_interleave(len(inputs) // copies)
+    return per_example(scale, inputs)
+
+
+def _weight_gradient(call: _LayerCall, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+    layer = call.layer
+    if isinstance(layer, (StackedLinear, StackedConv2d)):
+        return layer.weight_gradient(inputs, output_gradients)
+    if isinstance(layer, nn.Linear):
+        return output_gradients.flatten(0, -2).mT @ inputs.flatten(0, -2)
+    convolution = cast("nn.Conv2d", layer)
+    if convolution.padding_mode == "zeros":
+        return convolution_weight_gradient(inputs, output_gradients, call.weight, layer)
+    padded = F.pad(inputs, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
+    settings = _Unpadded(convolution.stride, convolution.dilation, convolution.groups, (0,) * (call.weight.dim() - 2))
+    return convolution_weight_gradient(padded, output_gradients, call.weight, cast("nn.Module", settings))
+
+
+class _Unpadded(NamedTuple):
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding: tuple[int, ...]
+
+
+@contextmanager
+def record_factors(model: nn.Module, *, threat_model: ThreatModel | None = None) -> Iterator[FactorRecorder]:
+    """Watch a forward pass in a plain training loop; ``recorder.backward(loss)`` fills both gradient streams.
+
+    Args:
+        model: any ``nn.Module`` whose weights sit in Linear or Conv layers (others are passed through).
+        threat_model: norm, epsilon and box of the first layer's perturbation, norm of the others'. Default: l_inf, 8/255.
+
+    Example:
+        >>> from metarobust.models import mlp
+        >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
+        >>> with record_factors(model, threat_model=ThreatModel(epsilon=0.1)) as recorder:
+        ...     recorder.backward(F.cross_entropy(model(x), y))
+        >>> model[1].weight.grad.shape == model[1].weight.perturbed_factor_grad.shape
+        True
+    """
+    threat_model = ThreatModel() if threat_model is None else threat_model
+    require(
+        threat_model.norm in ("linf", "l2"), "threat_model.norm", "'linf' or 'l2' for factor gradients", threat_model.norm
+    )
+    recorder = FactorRecorder(model, threat_model)
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, LAYERS):
+            hooks.append(module.register_forward_pre_hook(recorder._before))
+            hooks.append(module.register_forward_hook(recorder._after))
+        elif isinstance(module, Normalize):
+            hooks.append(module.register_forward_hook(recorder._after_normalize))
+    try:
+        yield recorder
+    finally:
+        for hook in hooks:
+            hook.remove()
+        recorder._calls.clear()
+
+
+def factor_gradients(
+    model: nn.Module,
+    loss_closure: Callable[[], Tensor],
+    *,
+    threat_model: ThreatModel | None = None,
+    parameters: Sequence[Tensor] | None = None,
+    create_graph: bool = False,
+) -> FactorGradients:
+    r"""Gradient and perturbed-factor gradient of a loss, from one clean forward-backward pass.
+
+    Args:
+        model: any ``nn.Module``; its Linear and Conv layers are watched through hooks for the duration of the call.
+        loss_closure: calls the model (directly or through ``torch.func.functional_call``) and returns a scalar loss.
+        threat_model: see :func:`record_factors`.
+        parameters: tensors to differentiate by, when not the model's own (``functional_call``).
+        create_graph: keep the graph of both streams.
+
+    Returns:
+        ``FactorGradients(loss, gradients, perturbed_factor_gradients)``, entries in the order of the parameters. The second
+        stream carries no coefficient: use it as ``g + c * h``, with ``c`` around 1.5 for the first layer (whose h is in input
+        units times epsilon) and around 0.15 for the others.
+
+    Example:
+        >>> from metarobust.models import mlp
+        >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
+        >>> loss, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y))
+        >>> [tuple(t.shape) for t in h]
+        [(3, 4), (3,), (2, 3), (2,)]
+    """
+    with record_factors(model, threat_model=threat_model) as recorder:
+        return recorder.gradients(loss_closure(), parameters, create_graph=create_graph)

@@ -1,0 +1,84 @@
+"""How a list of parameter tensors becomes one flat row of coordinates, and what each tensor is for."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROLES = (
+    "first dense", "inner dense", "last dense",
+    "first convolution", "inner convolution", "last convolution",
+    "bias", "normalisation",
+)  # fmt: skip
+
+
+class TensorRole(NamedTuple):
+    """What a parameter tensor is for: ``role`` indexes :data:`ROLES`; ``fan_in`` is the number of inputs of one output."""
+
+    role: int
+    fan_in: int
+
+
+def tensor_roles(shapes: Sequence[torch.Size]) -> list[TensorRole]:
+    """Roles from shapes and positions alone, because TorchOpt hands over a flat tuple of tensors without names.
+
+    Tensors of two axes are dense weights, of three and more convolutions. A vector is the bias of the weight before it when it
+    directly follows it and their lengths agree, else it belongs to a normalisation layer.
+
+    Example:
+        >>> [ROLES[t.role] for t in tensor_roles([torch.Size([8, 4]), torch.Size([8]), torch.Size([2, 8])])]
+        ['first dense', 'bias', 'last dense']
+    """
+    weights = [i for i, shape in enumerate(shapes) if len(shape) >= 2]
+    roles = []
+    for i, shape in enumerate(shapes):
+        if len(shape) >= 2:
+            place = 0 if i == weights[0] else 2 if i == weights[-1] else 1
+            roles.append(TensorRole(place + (0 if len(shape) == 2 else 3), shape[1:].numel()))
+        elif i and len(shapes[i - 1]) >= 2 and len(shape) == 1 and shape[0] == shapes[i - 1][0]:
+            roles.append(TensorRole(6, shapes[i - 1][1:].numel()))
+        else:
+            roles.append(TensorRole(7, 1))
+    return roles
+
+
+class Layout:
+    """Packs tensors ``[copies, *shape]`` (or plain ``[*shape]``) into rows ``[copies, coordinates]`` and back.
+
+    Args:
+        shapes: shapes of the tensors, with the leading axis when ``stacked``.
+        stacked: whether the first axis of every tensor counts independent copies.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], *, stacked: bool) -> None:
+        self.shapes = tuple(shapes)
+        self.copies = shapes[0][0] if stacked else 1
+        inner = [shape[1:] if stacked else shape for shape in shapes]
+        self.sizes = [shape.numel() for shape in inner]
+        self.roles = tensor_roles(inner)
+        self.coordinates = sum(self.sizes)
+        self.tensor_of_coordinate = torch.repeat_interleave(torch.arange(len(inner)), torch.tensor(self.sizes))
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """``[copies, coordinates]``."""
+        return torch.cat([t.reshape(self.copies, -1) for t in tensors], dim=1)
+
+    def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The inverse of :meth:`pack`."""
+        return tuple(p.reshape(s) for p, s in zip(rows.split(self.sizes, dim=1), self.shapes, strict=True))
+
+    def tensor_means(self, rows: Tensor) -> Tensor:
+        """Mean over each tensor, ``[copies, coordinates] -> [copies, tensors]``."""
+        return torch.stack([part.mean(1) for part in rows.split(self.sizes, dim=1)], dim=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value per tensor back to one per coordinate, ``[..., tensors] -> [..., coordinates]``."""
+        return values.index_select(-1, self.tensor_of_coordinate.to(values.device))
+
+
+@lru_cache(maxsize=64)
+def layout_of(shapes: tuple[torch.Size, ...], stacked: bool) -> Layout:
+    """The layout for these shapes; cached, because every step asks for it."""
+    return Layout(shapes, stacked=stacked)

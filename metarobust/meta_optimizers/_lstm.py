@@ -1,0 +1,245 @@
+"""The coordinatewise LSTM meta-optimizer: one small recurrent network, shared by all coordinates of all tensors."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torchopt.base import GradientTransformation
+
+from metarobust._checks import choice, finite, integer, message, require
+from metarobust._tensors import tree_detach
+from metarobust.meta_optimizers import _features as features
+from metarobust.meta_optimizers._features import Moments
+from metarobust.meta_optimizers._layout import ROLES, Layout, layout_of
+from metarobust.types import Streams
+
+GRADIENT_SOURCES = ("gradient", "gradient+perturbed_factors")
+BASES = ("adam", "none")
+
+COEFFICIENT_SPEED = 8.0
+"""Factor coefficients are stored divided by this: Adam moves every stored number alike, and these have further to go."""
+
+
+class LSTMState(NamedTuple):
+    """Everything an LSTM update rule remembers; a value, never hidden in the module.
+
+    ``hidden`` and ``cell`` are ``[layers, units, copies * coordinates]``, the moments ``[copies, coordinates]``; ``step``
+    counts updates, a scalar int64 tensor on the CPU.
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    moments: Moments
+    step: Tensor
+
+    def detach(self) -> "LSTMState":
+        """The same state cut from the graph: what every truncation must call."""
+        return cast("LSTMState", tree_detach(self))
+
+
+class LSTMOptimizer(nn.Module):
+    r"""A learned update rule, applied to every coordinate alike (Andrychowicz et al., 2016; Serban et al., 2020).
+
+    With ``base="adam"`` the network corrects an Adam step on the combined stream :math:`g + c h`,
+
+    .. math:: \Delta\theta = -\eta_r(\tau)\, e^{o_1} \frac{m_g + c\, m_h}{\sqrt{v(c)}} + s\, o_2, \qquad
+              c = c_r(\tau) + o_3,
+
+    where :math:`o_1, o_2, o_3` are the network's outputs for the coordinate, :math:`\eta_r` and :math:`c_r` are learned
+    functions of relative time :math:`\tau = t/T` for each tensor role r, and :math:`v(c)` is the exact second moment of the
+    combined stream at the current c. A fresh optimizer is Adam with ``initial_learning_rate`` on the ordinary gradient, up to
+    the network's small random outputs. With ``base="none"`` the update is :math:`s\, o_2` alone, as in both papers.
+
+    Args:
+        gradient_source: ``"gradient+perturbed_factors"`` reads two streams (:class:`metarobust.types.Streams`),
+            ``"gradient"`` one. Stored in the checkpoint and checked on use.
+        hidden_size: LSTM units per coordinate.
+        layers: stacked LSTM cells.
+        preprocessing: ``"full"`` (log-sign, Adam, parameter, tensor and time features), ``"log_sign"`` or ``"multiply"``
+            (the two of the paper's code, with k = 20).
+        base: ``"adam"`` or ``"none"``.
+        output_scale: s above.
+        initial_learning_rate: of the Adam base, before meta-training.
+
+    Example:
+        >>> from metarobust.models import mlp
+        >>> model = mlp([4, 3, 2])
+        >>> optimizer = LSTMOptimizer(gradient_source="gradient").torch_optimizer(model.parameters(), total_steps=10)
+        >>> model(torch.rand(5, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        *,
+        gradient_source: str = "gradient+perturbed_factors",
+        hidden_size: int = 8,
+        layers: int = 1,
+        preprocessing: str = "full",
+        base: str = "adam",
+        output_scale: float = 0.01,
+        initial_learning_rate: float = 3e-3,
+    ) -> None:
+        super().__init__()
+        choice("gradient_source", gradient_source, GRADIENT_SOURCES)
+        choice("preprocessing", preprocessing, features.PREPROCESSINGS)
+        choice("base", base, BASES)
+        integer("hidden_size", hidden_size, least=1)
+        integer("layers", layers, least=1)
+        finite("output_scale", output_scale, above=0.0)
+        finite("initial_learning_rate", initial_learning_rate, above=0.0)
+        self.two_streams = gradient_source == "gradient+perturbed_factors"
+        require(
+            not self.two_streams or (preprocessing == "full" and base == "adam"),
+            "gradient_source",
+            "'gradient' unless preprocessing is 'full' and base is 'adam'",
+            repr(gradient_source),
+        )
+        self.settings: dict[str, Any] = {
+            "gradient_source": gradient_source,
+            "hidden_size": hidden_size,
+            "layers": layers,
+            "preprocessing": preprocessing,
+            "base": base,
+            "output_scale": output_scale,
+            "initial_learning_rate": initial_learning_rate,
+        }
+        self.record: dict[str, Any] = {}
+        """How this optimizer was trained: written by ``meta_train``, kept in the checkpoint."""
+        self.gradient_source = gradient_source
+        self.hidden_size, self.layers = hidden_size, layers
+        self.preprocessing, self.base, self.output_scale = preprocessing, base, output_scale
+        self.initial_learning_rate = initial_learning_rate
+
+        def uniform(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(hidden_size))
+
+        full = preprocessing == "full"
+        inputs = features.dynamic_count(preprocessing, two_streams=self.two_streams)
+        self.input_weight = uniform(4 * hidden_size, inputs + (features.STATIC_COUNT if full else 0))
+        self.time_weight = uniform(4 * hidden_size, 3) if full else None
+        self.recurrent_weight = uniform(layers, 4 * hidden_size, hidden_size)
+        self.between_weight = uniform(layers - 1, 4 * hidden_size, hidden_size) if layers > 1 else None
+        self.bias = nn.Parameter(torch.zeros(layers, 4 * hidden_size))
+        with torch.no_grad():
+            self.bias[:, hidden_size : 2 * hidden_size] = 1  # gates that begin by remembering
+        outputs = 1 if base == "none" else 3 if self.two_streams else 2
+        self.readout = nn.Parameter(0.01 * torch.randn(outputs, hidden_size))
+        self.log_learning_rate = nn.Parameter(torch.zeros(len(ROLES), 3)) if base == "adam" else None
+        self.factor_coefficient = nn.Parameter(torch.zeros(len(ROLES), 3)) if self.two_streams else None
+
+    @classmethod
+    def serban2020(cls) -> Self:
+        """The network of the paper's code: two cells of 20 units, features ``[20 g, clamp(g e^20)]``, update 0.01 * output."""
+        return cls(
+            gradient_source="gradient", hidden_size=20, layers=2, preprocessing="multiply", base="none", output_scale=0.01
+        )
+
+    def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
+        """This rule as a TorchOpt ``GradientTransformation``, for its wrappers, chains, clipping and schedules.
+
+        ``update`` takes a tree of gradients, or :class:`metarobust.types.Streams` when the rule reads two, and needs
+        ``params``. It never writes in place and keeps the graph to this module's parameters and to its inputs.
+
+        Args:
+            total_steps: the number of steps planned, T; relative time is clipped at 1.
+            stacked: whether the first axis of every tensor counts independent copies (see ``metarobust.models.stack``).
+        """
+        integer("total_steps", total_steps, least=1)
+        from metarobust.meta_optimizers._transformation import transformation
+
+        return transformation(self, total_steps=total_steps, stacked=stacked)
+
+    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, learning_rate_scale: float = 1.0) -> torch.optim.Optimizer:
+        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
+        from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
+
+        return LearnedOptimizer(params, self, total_steps=total_steps, lr=learning_rate_scale)
+
+    @torch.no_grad()
+    def shift_factor_coefficients(self, *, first: float, others: float) -> None:
+        """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
+        require(
+            self.factor_coefficient is not None,
+            "gradient_source",
+            "'gradient+perturbed_factors' for a rule with factor coefficients",
+            repr(self.gradient_source),
+        )
+        assert self.factor_coefficient is not None
+        for role, name in enumerate(ROLES):
+            if name not in ("bias", "normalisation"):
+                self.factor_coefficient[role, 0] += (first if name.startswith("first") else others) / COEFFICIENT_SPEED
+
+    def initial_state(self, rows: Tensor) -> LSTMState:
+        """The state before the first step, for parameters ``rows [copies, coordinates]``."""
+        zero = rows.new_zeros(self.layers, self.hidden_size, rows.numel())
+        moments = features.initial_moments(rows.detach(), two_streams=self.two_streams)
+        return LSTMState(zero, zero, moments, torch.zeros((), dtype=torch.int64))
+
+    def step(
+        self,
+        g: Tensor,
+        h: Tensor | None,
+        state: LSTMState,
+        parameters: Tensor,
+        layout: Layout,
+        *,
+        total_steps: int,
+    ) -> tuple[Tensor, LSTMState]:
+        """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``."""
+        require(
+            (h is not None) == self.two_streams,
+            "updates",
+            f"of gradient source {self.gradient_source!r}, which this meta-optimizer was made for",
+            "one stream" if h is None else "two streams",
+            "compute both with metarobust.meta_optimizers.factor_gradients" if h is None else "pass the gradients alone",
+        )
+        step = int(state.step) + 1
+        g = g.clamp(-features.LARGEST, features.LARGEST)
+        h = None if h is None else h.clamp(-features.LARGEST, features.LARGEST)
+        moments = features.update_moments(state.moments, g, h)
+        rows = features.dynamic_rows(self.preprocessing, g, h, moments, parameters, layout, step)
+        static = features.static_rows(layout, g.dtype, g.device)
+        basis = features.time_basis(step, total_steps, g)
+        bias = self.bias[0]
+        inputs = [torch.stack(rows).flatten(1)]
+        if self.time_weight is not None:
+            inputs.append(static.repeat(1, layout.copies))
+            bias = bias + self.time_weight @ basis
+        hidden, cell = self._cells(inputs, bias, state)
+        outputs = (self.readout @ hidden[-1]).reshape(-1, *g.shape)
+        new_state = LSTMState(hidden, cell, moments, state.step + 1)
+        if self.base == "none":
+            return self.output_scale * outputs[0], new_state
+        assert self.log_learning_rate is not None
+        one_hot = static[: len(ROLES)]
+        rate = (self.log_learning_rate @ basis) @ one_hot + outputs[0]
+        coefficient = None
+        if self.factor_coefficient is not None:
+            coefficient = COEFFICIENT_SPEED * (self.factor_coefficient @ basis) @ one_hot + outputs[2]
+        direction = features.adam_direction(moments, coefficient, step)
+        update = self.output_scale * outputs[1] - self.initial_learning_rate * rate.exp() * direction
+        return update, new_state
+
+    def _cells(self, inputs: list[Tensor], bias: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:
+        """All stacked cells once, units first: ``inputs [features, n] -> hidden, cell [layers, units, n]``.
+
+        Written out, because the fused cells have no second derivative. The bias enters as the weight of a row of ones: one
+        matrix product per cell, and no broadcast copy in either direction.
+        """
+        hiddens, cells = [], []
+        ones = torch.ones_like(inputs[0][:1])
+        weight = self.input_weight
+        for layer in range(self.layers):
+            if layer and self.between_weight is not None:
+                weight, bias, inputs = self.between_weight[layer - 1], self.bias[layer], [hiddens[-1]]
+            joined = torch.cat([weight, self.recurrent_weight[layer], bias[:, None]], dim=1)
+            gates = joined @ torch.cat([*inputs, state.hidden[layer], ones])
+            size = self.hidden_size
+            openings, candidate = gates.split([3 * size, size])
+            enter, keep, leave = openings.sigmoid().split(size)
+            cells.append(torch.addcmul(keep * state.cell[layer], enter, candidate.tanh()))
+            hiddens.append(leave * cells[-1].tanh())
+        return torch.stack(hiddens), torch.stack(cells)

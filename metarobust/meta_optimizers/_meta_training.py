@@ -1,0 +1,235 @@
+"""Meta-training: truncated back-propagation through the training of many small models."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torchopt
+from torch import Tensor
+from torchopt import apply_updates
+
+from metarobust import __version__
+from metarobust._checks import finite, integer
+from metarobust._progress import progress_bar
+from metarobust._tensors import tree_detach
+from metarobust.meta_optimizers._lstm import LSTMOptimizer
+from metarobust.meta_optimizers._resume import load_run, save_run
+from metarobust.meta_optimizers._transformation import gradients_only
+from metarobust.types import Task
+
+SampleTask = Callable[[torch.Generator], Task]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaTrainingSettings:
+    """What determines a meta-training run, besides the tasks; stored in its record and its checkpoint."""
+
+    iterations: int
+    total_steps: int
+    unroll: int
+    slots: int
+    learning_rate: float
+    gradient_clip: float
+    loss_cap: float
+    late_weight: float
+    meta_loss_every: int
+    second_order: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "total_steps", "unroll", "slots", "meta_loss_every"):
+            integer(name, getattr(self, name), least=1)
+        integer("seed", self.seed, least=0)
+        for name in ("learning_rate", "gradient_clip", "loss_cap"):
+            finite(name, getattr(self, name), above=0.0)
+        finite("late_weight", self.late_weight, least=0.0)
+
+
+class MetaTraining(NamedTuple):
+    """The outcome of ``meta_train``: the trained module (the same object), its meta-losses, and the settings that gave it."""
+
+    meta_optimizer: LSTMOptimizer
+    losses: list[float]
+    settings: MetaTrainingSettings
+
+
+@dataclass
+class Slot:
+    """One task in progress: everything needed to continue it, all randomness included."""
+
+    task_seed: int
+    task: Task
+    generator: torch.Generator
+    parameters: tuple[Tensor, ...]
+    state: Any
+    age: int
+    horizon: int
+
+
+def meta_train(
+    meta_optimizer: LSTMOptimizer,
+    sample_task: SampleTask,
+    *,
+    iterations: int = 300,
+    total_steps: int = 200,
+    unroll: int = 20,
+    slots: int = 4,
+    learning_rate: float = 5e-3,
+    gradient_clip: float = 1.0,
+    loss_cap: float = 10.0,
+    late_weight: float = 1.0,
+    meta_loss_every: int = 5,
+    second_order: bool = True,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
+    report: Callable[[int, float], None] | None = None,
+) -> MetaTraining:
+    """Train a meta-optimizer through the training runs that it drives (truncated back-propagation through time).
+
+    Each iteration advances one task by ``unroll`` steps, evaluates the task's meta-loss on the way, back-propagates to the
+    meta-parameters, takes an Adam step on them (cosine decay to zero), and cuts the graph. ``slots`` tasks of staggered ages
+    take turns; a task that has reached ``total_steps`` is replaced by a fresh one.
+
+    Args:
+        meta_optimizer: trained in place.
+        sample_task: gives a :class:`metarobust.types.Task`, a pure function of the generator it is handed.
+        iterations: meta-updates.
+        total_steps: optimizee steps per task, T; deploy with a similar number.
+        unroll: optimizee steps between two cuts of the graph, K.
+        slots: tasks in progress at the same time.
+        learning_rate: of the meta-level Adam.
+        gradient_clip: largest Euclidean norm of a meta-gradient.
+        loss_cap: a meta-loss above this counts as this and gives no gradient.
+        late_weight: a meta-loss at age t has weight ``0.3 + late_weight * t / T``.
+        meta_loss_every: optimizee steps between two evaluations of the meta-loss; the last step of an unroll always counts.
+        second_order: differentiate through the optimizee's gradients too (exact). False treats them as constants, as the
+            paper's code does: a quarter faster, and markedly worse with two streams.
+        seed: of all randomness here; tasks get their generators from it.
+        checkpoint: file that the run's whole state goes to, atomically; when it exists, the run resumes from it and ends with
+            bit-identical parameters.
+        checkpoint_every: iterations between two checkpoints.
+        report: called with (iteration, meta-loss) after each iteration; default: a progress bar when in a terminal.
+
+    Raises:
+        FloatingPointError: the meta-loss or its gradient is not finite.
+        ValueError: a setting is out of range, or the checkpoint belongs to a run with other settings.
+    """
+    settings = MetaTrainingSettings(
+        iterations=iterations,
+        total_steps=total_steps,
+        unroll=unroll,
+        slots=slots,
+        learning_rate=learning_rate,
+        gradient_clip=gradient_clip,
+        loss_cap=loss_cap,
+        late_weight=late_weight,
+        meta_loss_every=meta_loss_every,
+        second_order=second_order,
+        seed=seed,
+    )
+    integer("checkpoint_every", checkpoint_every, least=1)
+    run = MetaTrainingRun(meta_optimizer, sample_task, settings)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        load_run(path, run)
+    with progress_bar("meta-training", iterations, silent=report is not None) as advance:
+        advance(len(run.losses))
+        while len(run.losses) < iterations:
+            loss = run.advance()
+            advance(1, f"meta-loss {loss:.3f}")
+            if report is not None:
+                report(len(run.losses), loss)
+            if path is not None and (len(run.losses) % checkpoint_every == 0 or len(run.losses) == iterations):
+                save_run(path, run)
+    meta_optimizer.record = {"meta_training": asdict(settings), "final_meta_loss": _recent(run.losses)} | {
+        "metarobust": __version__,
+        "torch": torch.__version__,
+    }
+    return MetaTraining(meta_optimizer, run.losses, settings)
+
+
+class MetaTrainingRun:
+    """The state of a run between two iterations; ``advance`` is one iteration."""
+
+    def __init__(self, meta_optimizer: LSTMOptimizer, sample_task: SampleTask, settings: MetaTrainingSettings) -> None:
+        self.meta_optimizer, self.sample_task, self.settings = meta_optimizer, sample_task, settings
+        self.parameters = [p for p in meta_optimizer.parameters() if p.requires_grad]
+        self.adam = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
+        rule = meta_optimizer.as_gradient_transformation(total_steps=settings.total_steps, stacked=True)
+        self.rule = rule if meta_optimizer.two_streams else torchopt.chain(gradients_only(), rule)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.losses: list[float] = []
+        # Slot i ends its first task after (i + 1) / slots of the horizon, so that ages stay staggered.
+        self.slots = [
+            self.fresh_slot(horizon=math.ceil(settings.total_steps * (i + 1) / settings.slots)) for i in range(settings.slots)
+        ]
+
+    def fresh_slot(self, horizon: int) -> Slot:
+        """A new task at age 0."""
+        return self.slot_from_seed(int(torch.randint(2**62, (), generator=self.generator)), horizon)
+
+    def slot_from_seed(self, task_seed: int, horizon: int) -> Slot:
+        """The task that this seed gives, at age 0."""
+        generator = torch.Generator().manual_seed(task_seed)
+        task = self.sample_task(generator)
+        parameters = task.initial_parameters(generator=generator)
+        return Slot(task_seed, task, generator, parameters, self.rule.init(cast("Any", parameters)), 0, horizon)
+
+    def advance(self) -> float:
+        """One truncation of one task and one meta-update; returns the weighted meta-loss."""
+        settings, iteration = self.settings, len(self.losses)
+        place = iteration % settings.slots
+        slot = self.slots[place]
+        loss = self.unrolled_loss(slot)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found]))
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise FloatingPointError(
+                f"meta-training must keep its loss and gradient finite, got meta-loss {loss.item():.4g} and gradient norm "
+                f"{norm.item():.4g} in iteration {iteration + 1} (task age {slot.age}); lower learning_rate or unroll, or resume "
+                "from the last checkpoint with another seed"
+            )
+        factor = min(1.0, settings.gradient_clip / max(norm.item(), 1e-12))
+        for p, g in zip(self.parameters, found, strict=True):
+            p.grad = g * factor
+        for group in self.adam.param_groups:
+            group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
+        self.adam.step()
+        self.adam.zero_grad()
+        slot.parameters, slot.state = tree_detach(slot.parameters), tree_detach(slot.state)
+        if slot.age >= slot.horizon:
+            self.slots[place] = self.fresh_slot(settings.total_steps)
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def unrolled_loss(self, slot: Slot) -> Tensor:
+        """Advance the slot by one unroll, graph kept, and return the weighted mean of its meta-losses."""
+        settings = self.settings
+        total, weights = torch.zeros(()), 0.0
+        if settings.second_order:  # the first gradient of an unroll needs a graph to keep
+            slot.parameters = tuple(p.requires_grad_() for p in slot.parameters)
+        for position in range(1, settings.unroll + 1):
+            _, streams = slot.task.streams(
+                slot.parameters, generator=slot.generator, create_graph=settings.second_order
+            )
+            seen = slot.parameters if settings.second_order else tree_detach(slot.parameters)
+            updates, slot.state = self.rule.update(cast("Any", streams), slot.state, params=seen, inplace=False)
+            slot.parameters = cast("Any", apply_updates(cast("Any", slot.parameters), updates, inplace=False))
+            slot.age += 1
+            if position % settings.meta_loss_every == 0 or position == settings.unroll:
+                weight = 0.3 + settings.late_weight * slot.age / settings.total_steps
+                losses = slot.task.meta_loss(slot.parameters, generator=slot.generator)
+                total = total + weight * losses.clamp(max=settings.loss_cap).mean()
+                weights += weight
+        return total / weights
+
+
+def _recent(losses: list[float], count: int = 20) -> float:
+    tail = losses[-count:]
+    return sum(tail) / max(1, len(tail))

@@ -1,0 +1,76 @@
+"""Checkpoints of a meta-training run: its whole state as tensors and numbers, so that a resumed run ends bit-identical."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torchopt import pytree
+
+from metarobust.meta_optimizers._storage import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from metarobust.meta_optimizers._meta_training import MetaTrainingRun
+
+FORMAT = "metarobust meta-training run 1"
+
+
+def save_run(path: Path, run: "MetaTrainingRun") -> None:
+    """Write the run's state, atomically."""
+    tensors: dict[str, Tensor] = {"generator": run.generator.get_state(), "losses": torch.tensor(run.losses, dtype=torch.float64)}
+    tensors |= {f"meta_optimizer.{name}": value for name, value in run.meta_optimizer.state_dict().items()}
+    for i, p in enumerate(run.parameters):
+        tensors |= {f"adam.{i}.{name}": value for name, value in run.adam.state.get(p, {}).items()}
+    for i, slot in enumerate(run.slots):
+        tensors[f"slot.{i}.generator"] = slot.generator.get_state()
+        for j, leaf in enumerate(_leaves((slot.parameters, slot.state))):
+            tensors[f"slot.{i}.{j}"] = leaf.clone()
+    header = {
+        "format": FORMAT,
+        "settings": _settings(run),
+        "slots": [{"task_seed": s.task_seed, "age": s.age, "horizon": s.horizon} for s in run.slots],
+    }
+    write_tensors(path, tensors, header)
+
+
+def load_run(path: Path, run: "MetaTrainingRun") -> None:
+    """Put a fresh run into the state that ``path`` holds.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to a run with other settings.
+    """
+    tensors, header = read_tensors(path, expected=FORMAT)
+    mine, theirs = _settings(run), header["settings"]
+    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    if differing:
+        shown = ", ".join(f"{k}={theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differing)
+        raise ValueError(
+            f"checkpoint {path} must come from a run with the same settings, got {shown}; use the same settings or another path"
+        )
+    run.generator.set_state(tensors["generator"])
+    run.losses[:] = tensors["losses"].tolist()
+    run.meta_optimizer.load_state_dict(
+        {name: tensors[f"meta_optimizer.{name}"] for name in run.meta_optimizer.state_dict()}
+    )
+    for i, p in enumerate(run.parameters):
+        prefix = f"adam.{i}."
+        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if found:
+            run.adam.state[p] = cast("Any", found)
+    for i, saved in enumerate(header["slots"]):
+        slot = run.slot_from_seed(saved["task_seed"], saved["horizon"])
+        slot.age = saved["age"]
+        slot.generator.set_state(tensors[f"slot.{i}.generator"])
+        leaves, structure = pytree.tree_flatten((slot.parameters, slot.state))
+        restored = [tensors[f"slot.{i}.{j}"] for j in range(len(leaves))]
+        slot.parameters, slot.state = cast("Any", pytree.tree_unflatten(structure, restored))
+        run.slots[i] = slot
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    return cast("list[Tensor]", pytree.tree_leaves(tree))
+
+
+def _settings(run: "MetaTrainingRun") -> dict[str, Any]:
+    return asdict(run.settings) | {f"meta_optimizer.{k}": v for k, v in run.meta_optimizer.settings.items()}

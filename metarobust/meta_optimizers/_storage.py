@@ -1,0 +1,89 @@
+"""Self-describing files for meta-optimizers: safetensors with a JSON header; loading never executes code."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from metarobust import __version__
+from metarobust._files import write_atomically
+from metarobust.meta_optimizers._lstm import LSTMOptimizer
+
+FORMAT = "metarobust meta-optimizer 1"
+
+
+def save(meta_optimizer: LSTMOptimizer, path: str | os.PathLike[str]) -> Path:
+    """Write a meta-optimizer to a safetensors file: its tensors, and a header with kind, settings, record and versions.
+
+    The file is written beside its place and renamed, so a crash leaves the old one. See :func:`load`.
+    """
+    header = {
+        "format": FORMAT,
+        "kind": type(meta_optimizer).__name__,
+        "settings": meta_optimizer.settings,
+        "record": meta_optimizer.record,
+        "metarobust": __version__,
+    }
+    return write_tensors(path, {name: p.detach() for name, p in meta_optimizer.state_dict().items()}, header)
+
+
+def load(path: str | os.PathLike[str]) -> LSTMOptimizer:
+    """Read a meta-optimizer that :func:`save` wrote, on the CPU, frozen (no parameter requires a gradient).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is no meta-optimizer, or does not fit this version.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(LSTMOptimizer(hidden_size=4), f"{folder}/optimizer.safetensors")
+        ...     load(path).settings["hidden_size"]
+        4
+    """
+    tensors, header = read_tensors(path, expected=FORMAT)
+    if header.get("kind") != LSTMOptimizer.__name__:
+        raise ValueError(f"{path} must hold an LSTMOptimizer, got kind {header.get('kind')!r}; it needs another version")
+    try:
+        meta_optimizer = LSTMOptimizer(**header["settings"])
+        meta_optimizer.load_state_dict(tensors)
+    except (TypeError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} must fit metarobust {__version__}, got a file of version {header.get('metarobust')!r} that does not "
+            f"({reason}); load it with that version"
+        ) from error
+    meta_optimizer.record = dict(header.get("record", {}))
+    return meta_optimizer.requires_grad_(False)
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
+    """Tensors and a JSON header into one safetensors file, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"metarobust_header": json.dumps(header, sort_keys=True)}
+    return write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+
+
+def read_tensors(path: str | os.PathLike[str], *, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file whose header names the ``expected`` format."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}; pass the path that was given when saving")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("metarobust_header", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} must be a safetensors file, got one that cannot be read ({error}); it is damaged or of another kind, "
+            "save it again"
+        ) from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != expected:
+        came = "a safetensors file of another program" if found is None else f"a {found!r} file"
+        raise ValueError(f"{path} must be a {expected!r} file, got {came}; pass a file that this library saved for this purpose")
+    return tensors, header

@@ -1,0 +1,123 @@
+"""The task a meta-optimizer is trained on: classify a small subset, and be judged on fresh, possibly attacked examples."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metarobust._checks import integer, require
+from metarobust._tensors import seeded
+from metarobust.data import LabelledImages
+from metarobust.meta_optimizers._factor_gradients import record_factors
+from metarobust.models import stack
+from metarobust.threat_models import ThreatModel
+from metarobust.types import Attack, Batch, Model, Streams
+
+
+class ClassificationTask:
+    """Copies of one architecture, each trained on its own subset and judged on examples outside of it.
+
+    Args:
+        build: makes one freshly initialised model.
+        dataset: the pool that subsets and judging examples come from.
+        subsets: indices of each copy's training examples, ``[optimizees, examples]``.
+        threat_model: perturbation of the second stream's factors, see ``factor_gradients``; None leaves the stream out
+            (zeros, at no cost).
+        meta_attack: moves the judging examples; None judges on clean ones.
+        training_attack: moves the training examples too: adversarial training, or the paper's own regime.
+        batch_size: training examples per step and copy, drawn without replacement; at most the subset's size.
+        meta_batch_size: judging examples per evaluation and copy.
+
+    Raises:
+        ValueError: ``subsets`` is not a matrix, or leaves no example to judge on.
+    """
+
+    def __init__(
+        self,
+        *,
+        build: Callable[[], nn.Module],
+        dataset: LabelledImages,
+        subsets: Tensor,
+        threat_model: ThreatModel | None,
+        meta_attack: Attack | None = None,
+        training_attack: Attack | None = None,
+        batch_size: int = 64,
+        meta_batch_size: int = 64,
+    ) -> None:
+        require(subsets.dim() == 2, "subsets", "of shape [optimizees, examples]", list(subsets.shape))
+        integer("batch_size", batch_size, least=1)
+        integer("meta_batch_size", meta_batch_size, least=1)
+        self.optimizees, self.examples = subsets.shape
+        remaining = len(dataset) - self.examples
+        require(remaining > 0, "subsets", f"smaller than the data set (={len(dataset)} examples)", self.examples)
+        self.build, self.dataset, self.subsets, self.threat_model = build, dataset, subsets, threat_model
+        self.meta_attack, self.training_attack = meta_attack, training_attack
+        self.batch_size = min(batch_size, self.examples)
+        self.meta_batch_size = min(meta_batch_size, remaining)
+        inside = torch.zeros(self.optimizees, len(dataset), dtype=torch.bool).scatter_(1, subsets, True)
+        self.held_out = (~inside).nonzero()[:, 1].reshape(self.optimizees, remaining)
+        with seeded(torch.Generator().manual_seed(0)):
+            self._template = stack([build()] * self.optimizees).eval()
+        self._names = [name for name, _ in self._template.named_parameters()]
+
+    def model(self, parameters: tuple[Tensor, ...]) -> Model:
+        """The stacked model at these parameters, a callable on ``[optimizees * batch, ...]``."""
+        named = dict(zip(self._names, parameters, strict=True))
+        return lambda x: functional_call(self._template, named, (x,))
+
+    def initial_parameters(self, *, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Parameters of fresh models, each tensor with a leading axis of length ``optimizees``."""
+        with seeded(generator):
+            fresh = stack([self.build() for _ in range(self.optimizees)])
+        return tuple(p.detach() for p in fresh.parameters())
+
+    @torch.enable_grad()
+    def streams(
+        self, parameters: tuple[Tensor, ...], *, generator: torch.Generator, create_graph: bool = False
+    ) -> tuple[Tensor, Streams]:
+        """Training losses ``[optimizees]`` on one minibatch and both gradient streams, from one forward-backward pass."""
+        x, y = self._draw(self.subsets, self.batch_size, generator)
+        if not create_graph:
+            parameters = tuple(p.detach().requires_grad_() for p in parameters)
+        model = self.model(parameters)
+        if self.training_attack is not None:
+            x = self.training_attack(model, x, y, generator=generator)
+        if self.threat_model is None:
+            losses = self._losses(model, x, y)
+            gradients = torch.autograd.grad(losses.sum(), parameters, create_graph=create_graph)
+            return losses.detach(), Streams(gradients, tuple(torch.zeros_like(g) for g in gradients))
+        with record_factors(self._template, threat_model=self.threat_model) as recorder:
+            losses = self._losses(model, x, y)
+            found = recorder.gradients(losses.sum(), parameters, create_graph=create_graph)
+        return losses.detach(), Streams(found.gradients, found.perturbed_factor_gradients)
+
+    def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+        """Loss ``[optimizees]`` on fresh examples, moved by ``meta_attack`` at the current parameters."""
+        x, y = self._judging_batch(parameters, self.meta_batch_size, generator)
+        return self._losses(self.model(parameters), x, y)
+
+    def meta_accuracy(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+        """Accuracy ``[optimizees]`` on all judging examples, moved by ``meta_attack`` at the current parameters."""
+        x, y = self._judging_batch(parameters, self.held_out.shape[1], generator)
+        with torch.no_grad():
+            right = self.model(parameters)(x).argmax(1) == y
+        return rearrange(right.float(), "(copies batch) -> copies batch", copies=self.optimizees).mean(1)
+
+    def _judging_batch(self, parameters: tuple[Tensor, ...], size: int, generator: torch.Generator) -> Batch:
+        x, y = self._draw(self.held_out, size, generator)
+        if self.meta_attack is not None:
+            frozen = tuple(p.detach() for p in parameters)
+            x = self.meta_attack(self.model(frozen), x, y, generator=generator)
+        return Batch(x, y)
+
+    def _losses(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return rearrange(losses, "(copies batch) -> copies batch", copies=self.optimizees).mean(1)
+
+    def _draw(self, candidates: Tensor, size: int, generator: torch.Generator) -> Batch:
+        order = torch.rand(candidates.shape, generator=generator).topk(size, dim=1).indices
+        rows = candidates.gather(1, order).flatten()
+        return Batch(self.dataset.images[rows], self.dataset.labels[rows])

@@ -1,0 +1,111 @@
+"""A learned update rule behind the interface of ``torch.optim``."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from metarobust._checks import finite, integer, message
+from metarobust.meta_optimizers._layout import layout_of
+from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """A frozen meta-optimizer as a ``torch.optim.Optimizer``: parameter groups, ``state_dict``, schedulers, ``zero_grad``.
+
+    ``step`` reads ``.grad`` and, for a meta-optimizer with two streams, ``.perturbed_factor_grad``, which
+    ``metarobust.meta_optimizers.record_factors`` fills. The tensors of one group are read as one network, in their order.
+
+    Args:
+        params: parameters or parameter groups; a group may have its own ``lr`` and ``total_steps``.
+        meta_optimizer: the learned rule; its parameters are left as they are.
+        total_steps: the number of steps planned; relative time is clipped at 1.
+        lr: factor on the learned update, 1 by default; this is what learning-rate schedulers move.
+
+    Raises:
+        ValueError: on ``step``, a stream that the meta-optimizer was trained with is missing.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from metarobust.meta_optimizers import LSTMOptimizer, record_factors
+        >>> from metarobust.models import mlp
+        >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
+        >>> optimizer = LSTMOptimizer().torch_optimizer(model.parameters(), total_steps=100)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     with record_factors(model) as recorder:
+        ...         recorder.backward(F.cross_entropy(model(x), y))
+        ...     _ = optimizer.step()
+    """
+
+    def __init__(
+        self, params: Iterable[Any], meta_optimizer: LSTMOptimizer, *, total_steps: int, lr: float = 1.0
+    ) -> None:
+        integer("total_steps", total_steps, least=1)
+        finite("lr", lr, least=0.0)
+        self.meta_optimizer = meta_optimizer
+        super().__init__(params, {"lr": lr, "total_steps": total_steps})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset ``.grad`` and the second stream of every parameter."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if getattr(p, "perturbed_factor_grad", None) is not None:
+                    cast("Any", p).perturbed_factor_grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every group; a closure, when given, is run first with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if any(p.grad is not None for p in group["params"]):
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = group["params"]
+        layout = layout_of(tuple(p.shape for p in params), False)
+        g = layout.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        h = layout.pack([self._second_stream(p) for p in params]) if self.meta_optimizer.two_streams else None
+        rows = layout.pack(params)
+        # The state of a group sits under its first parameter, where `state_dict` of torch.optim looks for it.
+        holder = self.state[params[0]]
+        if not holder:
+            holder.update(_to_dict(self.meta_optimizer.initial_state(rows)))
+        state = _from_dict(holder)
+        updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=group["total_steps"])
+        holder.update(_to_dict(state))
+        for p, update in zip(params, layout.unpack(updates), strict=True):
+            p.add_(update, alpha=group["lr"])
+
+    def _second_stream(self, p: Tensor) -> Tensor:
+        h = getattr(p, "perturbed_factor_grad", None)
+        if h is not None:
+            return h
+        if p.grad is None:
+            return torch.zeros_like(p)
+        raise ValueError(
+            message(
+                "parameters",
+                "with a second gradient stream (.perturbed_factor_grad), which this meta-optimizer was trained on",
+                "gradients alone",
+                "write `with record_factors(model, threat_model=...) as recorder: recorder.backward(loss)` for the backward pass",
+            )
+        )
+
+
+def _to_dict(state: LSTMState) -> dict[str, Any]:
+    moments = {f"moment_{name}": value for name, value in state.moments._asdict().items()}
+    return {"hidden": state.hidden, "cell": state.cell, "step": state.step, **moments}
+
+
+def _from_dict(holder: dict[str, Any]) -> LSTMState:
+    from metarobust.meta_optimizers._features import Moments
+
+    moments = Moments(**{name: holder[f"moment_{name}"] for name in Moments._fields})
+    return LSTMState(holder["hidden"], holder["cell"], moments, torch.as_tensor(holder["step"], dtype=torch.int64))

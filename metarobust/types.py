@@ -1,0 +1,69 @@
+"""The vocabulary of the library: what a model, an attack, a robust loss and a task are. Nothing else lives here."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Attack", "Batch", "Model", "Parameters", "RobustLoss", "Streams", "Task"]
+
+Model: TypeAlias = Callable[[Tensor], Tensor]
+"""Any callable from inputs ``[batch, ...]`` to logits ``[batch, classes]``: an ``nn.Module``, a closure, a compiled model."""
+
+Parameters: TypeAlias = dict[str, Tensor]
+"""Named parameters; the order of the names is the order of ``module.named_parameters()``."""
+
+
+class Batch(NamedTuple):
+    """Labelled inputs: ``x [batch, ...]`` in input units, ``y [batch]`` int64."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Streams(NamedTuple):
+    """What an update rule with two gradient streams reads: one entry per parameter in each, in the order of the parameters.
+
+    ``gradients`` is the ordinary gradient; ``perturbed_factors`` is the same weight gradient with its input factor replaced by
+    the first-order worst case of that factor (see ``metarobust.meta_optimizers.factor_gradients``).
+    """
+
+    gradients: tuple[Tensor, ...]
+    perturbed_factors: tuple[Tensor, ...]
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Moves examples inside a threat model: the result is detached and lies inside ball and box."""
+
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+@runtime_checkable
+class RobustLoss(Protocol):
+    """A loss per example, shape ``[batch]``, differentiable in the model's parameters."""
+
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+class Task(Protocol):
+    """``optimizees`` independent training problems of one architecture, advanced side by side.
+
+    Every parameter tensor has a leading axis of length ``optimizees``; every loss has shape ``[optimizees]``. The methods are
+    pure functions of their arguments (all randomness comes from ``generator``), so that meta-training can resume bit by bit.
+    """
+
+    optimizees: int
+
+    def initial_parameters(self, *, generator: torch.Generator) -> tuple[Tensor, ...]: ...
+
+    def streams(
+        self, parameters: tuple[Tensor, ...], *, generator: torch.Generator, create_graph: bool = False
+    ) -> tuple[Tensor, Streams]: ...
+
+    def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor: ...

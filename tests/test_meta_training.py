@@ -1,0 +1,307 @@
+"""Meta-training: exact meta-gradients, honest truncation, flat memory, bit-identical resume, clear failures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metarobust.attacks import PGD, count_calls
+from metarobust.data import LabelledImages
+from metarobust.meta_optimizers import ClassificationTask, LSTMOptimizer, factor_gradients, meta_train
+from metarobust.meta_optimizers._meta_training import MetaTrainingRun, MetaTrainingSettings
+from metarobust.models import cnn, mlp, stack
+from metarobust.threat_models import ThreatModel
+from metarobust.types import Streams
+
+THREAT_MODEL = ThreatModel(norm="linf", epsilon=0.1)
+
+
+@dataclass
+class SmoothTask:
+    """A differentiable classification task in float64: softplus networks, full-batch, so that central differences converge."""
+
+    optimizees: int = 2
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.rand(self.optimizees * 6, 1, 2, 2, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(3, (len(self.x),), generator=generator)
+        self.template = stack([self.build() for _ in range(self.optimizees)])
+        self.names = [name for name, _ in self.template.named_parameters()]
+
+    @staticmethod
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softplus(), nn.Linear(3, 3)).double()
+
+    def initial_parameters(self, *, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return tuple(
+            0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in self.template.parameters()
+        )
+
+    def _losses(self, parameters: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        named = dict(zip(self.names, parameters, strict=True))
+        losses = F.cross_entropy(functional_call(self.template, named, (x,)), self.y, reduction="none")
+        return losses.reshape(self.optimizees, -1).mean(1)
+
+    def streams(
+        self, parameters: tuple[Tensor, ...], *, generator: torch.Generator, create_graph: bool = False
+    ) -> tuple[Tensor, Streams]:
+        if not create_graph:
+            parameters = tuple(p.detach().requires_grad_() for p in parameters)
+        found = factor_gradients(
+            self.template,
+            lambda: self._losses(parameters, self.x).sum(),
+            threat_model=THREAT_MODEL,
+            parameters=parameters,
+            create_graph=create_graph,
+        )
+        return found.loss.detach(), Streams(found.gradients, found.perturbed_factor_gradients)
+
+    def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+        return self._losses(parameters, 1 - self.x)
+
+
+def settings(**changes: Any) -> MetaTrainingSettings:
+    values: dict[str, Any] = {
+        "iterations": 10, "total_steps": 10, "unroll": 5, "slots": 1, "learning_rate": 1e-2, "gradient_clip": 1.0,
+        "loss_cap": 10.0, "late_weight": 1.0, "meta_loss_every": 1, "second_order": True, "seed": 0,
+    }  # fmt: skip
+    return MetaTrainingSettings(**(values | changes))
+
+
+def smooth_optimizer() -> LSTMOptimizer:
+    torch.manual_seed(0)
+    optimizer = LSTMOptimizer(hidden_size=4, initial_learning_rate=0.05).double()
+    with torch.no_grad():
+        for p in optimizer.parameters():  # move every parameter off its symmetric start, so that each one matters
+            p.add_(0.1 * torch.randn_like(p))
+    return optimizer
+
+
+def unrolled(optimizer: LSTMOptimizer, steps: int, *, every: int = 1) -> Tensor:
+    run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=steps, meta_loss_every=every))
+    return run.unrolled_loss(run.slots[0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_meta_gradient_equals_central_differences(steps: int) -> None:
+    """Every parameter tensor of the meta-optimizer, along a random direction, in float64, through the real unroll."""
+    optimizer = smooth_optimizer()
+    gradients = torch.autograd.grad(unrolled(optimizer, steps), list(optimizer.parameters()), allow_unused=True)
+    generator = torch.Generator().manual_seed(5)
+    for (name, p), gradient in zip(optimizer.named_parameters(), gradients, strict=True):
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        found = 0.0 if gradient is None else (gradient * direction).sum().item()
+        start, ends, size = p.detach().clone(), [], 1e-5
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.copy_(start + sign * size * direction)
+            ends.append(unrolled(optimizer, steps).item())
+        with torch.no_grad():
+            p.copy_(start)
+        expected = (ends[0] - ends[1]) / (2 * size)
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+        if steps > 1 and name != "factor_coefficient":
+            assert found != 0, f"{name} has no influence: the check would be empty"
+
+
+def test_first_order_drops_exactly_the_path_through_the_optimizee_gradients() -> None:
+    """One step: both agree, because the first gradient depends on no meta-parameter. Two steps: they differ."""
+    for steps, equal in ((1, True), (2, False)):
+        found = []
+        for second_order in (True, False):
+            optimizer = smooth_optimizer()
+            run = MetaTrainingRun(
+                optimizer, lambda generator: SmoothTask(), settings(unroll=steps, second_order=second_order)
+            )
+            found.append(torch.autograd.grad(run.unrolled_loss(run.slots[0]), optimizer.readout)[0])
+        assert torch.allclose(*found, rtol=1e-10, atol=1e-12) is equal
+
+
+def test_truncation_equals_full_when_the_windows_match() -> None:
+    """A window of 4 after 3 detached steps has the gradient of those 4 steps alone; losses match the uncut run."""
+    optimizer = smooth_optimizer()
+    run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=3, total_steps=7))
+    slot = run.slots[0]
+    first = run.unrolled_loss(slot).item()
+    slot.parameters, slot.state = tuple(p.detach() for p in slot.parameters), slot.state.detach()
+    run.settings = settings(unroll=4, total_steps=7)
+    second = run.unrolled_loss(slot)
+    full = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=7, total_steps=7))
+    whole = full.unrolled_loss(full.slots[0])
+    weights = [0.3 + t / 7 for t in range(1, 8)]
+    joined = (first * sum(weights[:3]) + second.item() * sum(weights[3:])) / sum(weights)
+    assert joined == pytest.approx(whole.item(), rel=1e-12)
+    # The window's gradient by hand: the same four steps from the same detached values.
+    again = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=3, total_steps=7))
+    again.unrolled_loss(again.slots[0])
+    start = tuple(p.detach().requires_grad_() for p in again.slots[0].parameters)
+    state, total, task = again.slots[0].state.detach(), torch.zeros(()), SmoothTask()
+    parameters = start
+    for t in range(4, 8):
+        _, streams = task.streams(parameters, generator=again.generator, create_graph=True)
+        updates, state = again.rule.update(cast("Any", streams), state, params=cast("Any", parameters))
+        parameters = tuple(p + u for p, u in zip(parameters, cast("Any", updates), strict=True))
+        total = total + (0.3 + t / 7) * task.meta_loss(parameters, generator=again.generator).mean() / sum(weights[3:])
+    for p in optimizer.parameters():
+        a, b = (torch.autograd.grad(value, p, retain_graph=True, allow_unused=True)[0] for value in (second, total))
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def live_tensors() -> int:
+    import gc
+
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def test_memory_is_flat_over_100_truncations() -> None:
+    run = MetaTrainingRun(
+        LSTMOptimizer(hidden_size=2).double(), lambda generator: SmoothTask(), settings(unroll=2, total_steps=20, iterations=200)
+    )
+    for _ in range(12):
+        run.advance()
+    before, horizon = live_tensors(), []
+    for _ in range(100):
+        run.advance()
+        assert all(p.grad_fn is None for p in run.slots[0].parameters)
+        assert run.slots[0].state.hidden.grad_fn is None
+        horizon.append(run.slots[0].age)
+    assert max(horizon) <= 20
+    assert live_tensors() <= before + 5
+
+
+def pool(size: int = 60) -> LabelledImages:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(size) % 10
+    images = torch.rand(size, 1, 8, 8, generator=generator)
+    return LabelledImages(images, labels, num_classes=10)
+
+
+def digit_task(generator: torch.Generator) -> ClassificationTask:
+    subsets = torch.stack([torch.randperm(60, generator=generator)[:20] for _ in range(2)])
+    build = (lambda: mlp([64, 4, 10])) if torch.rand((), generator=generator) < 0.5 else (lambda: cnn([2, 3]))
+    attack = PGD(threat_model=THREAT_MODEL, steps=1)
+    return ClassificationTask(
+        build=build, dataset=pool(), subsets=subsets, threat_model=THREAT_MODEL, meta_attack=attack, meta_batch_size=16
+    )
+
+
+RUN: dict[str, Any] = {"total_steps": 12, "unroll": 4, "slots": 2, "seed": 3, "iterations": 9, "report": lambda i, loss: None}
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_resume_is_bit_identical(tmp_path: Path, second_order: bool) -> None:
+    def fresh() -> LSTMOptimizer:
+        torch.manual_seed(0)
+        return LSTMOptimizer(hidden_size=3)
+
+    class Killed(Exception):
+        pass
+
+    def kill(iteration: int, loss: float) -> None:
+        if iteration == 6:
+            raise Killed
+
+    arguments = RUN | {"second_order": second_order}
+    straight = meta_train(fresh(), digit_task, **arguments)
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Killed):
+        meta_train(fresh(), digit_task, **(arguments | {"report": kill}), checkpoint=path, checkpoint_every=2)
+    resumed = meta_train(fresh(), digit_task, **arguments, checkpoint=path, checkpoint_every=2)
+    assert resumed.losses == straight.losses
+    for a, b in zip(straight.meta_optimizer.parameters(), resumed.meta_optimizer.parameters(), strict=True):
+        assert torch.equal(a, b)
+    finished = meta_train(fresh(), digit_task, **arguments, checkpoint=path)
+    assert finished.losses == straight.losses
+    with pytest.raises(ValueError, match=r"seed=3 there and 4 here"):
+        meta_train(fresh(), digit_task, **(arguments | {"seed": 4}), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="damaged"):
+        meta_train(fresh(), digit_task, **arguments, checkpoint=path)
+
+
+def test_meta_training_lowers_the_meta_loss_and_records_itself() -> None:
+    """Fifty meta-steps on one smooth task must beat the untrained rule on it, by a margin far above rounding."""
+    torch.manual_seed(0)
+    optimizer = LSTMOptimizer(hidden_size=4, initial_learning_rate=1e-3).double()
+    trained = meta_train(
+        optimizer, lambda generator: SmoothTask(), iterations=50, total_steps=10, unroll=5, slots=1,
+        learning_rate=3e-2, second_order=True, report=lambda i, loss: None,
+    )  # fmt: skip
+    assert sum(trained.losses[-10:]) < 0.9 * sum(trained.losses[:10])
+    assert optimizer.record["meta_training"]["iterations"] == 50
+    assert optimizer.record["torch"] == torch.__version__
+
+
+def test_loss_cap_gives_no_gradient_and_nan_raises() -> None:
+    class Exploded(SmoothTask):
+        def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+            return 1e6 * super().meta_loss(parameters, generator=generator)
+
+    run = MetaTrainingRun(smooth_optimizer(), lambda generator: Exploded(), settings())
+    assert run.advance() == pytest.approx(10.0)
+
+    class Broken(SmoothTask):
+        def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+            return super().meta_loss(parameters, generator=generator) * float("nan")
+
+    run = MetaTrainingRun(smooth_optimizer(), lambda generator: Broken(), settings())
+    with pytest.raises(FloatingPointError, match=r"meta-loss nan.*iteration 1.*lower learning_rate"):
+        run.advance()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"iterations": 0}, "iterations must be an integer >= 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number > 0"),
+        ({"late_weight": -1.0}, "late_weight must be a finite number >= 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be an integer >= 1"),
+    ],
+)
+def test_bad_settings(change: dict[str, Any], text: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=text):
+        meta_train(LSTMOptimizer(), digit_task, **(RUN | change))
+
+
+def test_task_draws_judging_examples_outside_the_subset_and_counts_attacks() -> None:
+    task = digit_task(torch.Generator().manual_seed(1))
+    for copy in range(2):
+        assert not set(task.subsets[copy].tolist()) & set(task.held_out[copy].tolist())
+        assert len(task.held_out[copy]) == 40
+    generator = torch.Generator().manual_seed(2)
+    parameters = task.initial_parameters(generator=generator)
+    with count_calls() as counter:
+        task.streams(parameters, generator=generator)
+        assert counter.calls == 0
+        task.meta_loss(parameters, generator=generator)
+        assert counter.calls == 1
+    with pytest.raises(ValueError, match="subsets must be smaller than the data set"):
+        ClassificationTask(
+            build=lambda: mlp([64, 10]), dataset=pool(), subsets=torch.arange(60)[None], threat_model=THREAT_MODEL
+        )
+
+
+def test_task_without_second_stream_is_the_same_gradient() -> None:
+    task = digit_task(torch.Generator().manual_seed(1))
+    plain = ClassificationTask(build=task.build, dataset=task.dataset, subsets=task.subsets, threat_model=None)
+    parameters = task.initial_parameters(generator=torch.Generator().manual_seed(0))
+    found = [t.streams(parameters, generator=torch.Generator().manual_seed(5))[1] for t in (task, plain)]
+    for a, b in zip(found[0].gradients, found[1].gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert any(h.any() for h in found[0].perturbed_factors)
+    assert not any(h.any() for h in found[1].perturbed_factors)
+
+
+def test_global_generator_is_untouched() -> None:
+    before = torch.get_rng_state()
+    optimizer_state = digit_task(torch.Generator().manual_seed(1)).initial_parameters(generator=torch.Generator())
+    assert optimizer_state[0].shape[0] == 2
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,112 @@
+"""The public surface: a snapshot of every module's names, each documented, each module importable on its own."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+UNFINISHED = {"metarobust.command_line", "metarobust.evaluation"}
+
+PUBLIC_NAMES = {
+    "metarobust": ["__version__"],
+    "metarobust.attacks": ["FGSM", "PGD", "CallCounter", "count_calls"],
+    "metarobust.data": [
+        "LabelledImages",
+        "LowDataTasks",
+        "Pools",
+        "digits_pools",
+        "import_learn2learn",
+        "load",
+        "load_digits",
+        "load_npz",
+        "minibatch",
+        "split",
+    ],
+    "metarobust.losses": ["LOSSES", "Loss", "cross_entropy", "loss_function", "margin"],
+    "metarobust.meta_optimizers": [
+        "ClassificationTask",
+        "FactorGradients",
+        "FactorRecorder",
+        "LSTMOptimizer",
+        "LSTMState",
+        "LearnedOptimizer",
+        "MetaTraining",
+        "MetaTrainingSettings",
+        "combine_factors",
+        "factor_gradients",
+        "gradients_only",
+        "load",
+        "meta_train",
+        "record_factors",
+        "save",
+    ],
+    "metarobust.models": ["Normalize", "cnn", "mlp", "stack"],
+    "metarobust.threat_models": ["NORMS", "ThreatModel"],
+    "metarobust.types": ["Attack", "Batch", "Model", "Parameters", "RobustLoss", "Streams", "Task"],
+}
+
+every_module = pytest.mark.parametrize("module", PUBLIC_NAMES)
+
+IMPORT_EACH_ALONE = """
+import sys
+import torch
+for module in sys.argv[1:]:
+    for name in [n for n in sys.modules if n.split(".")[0] == "metarobust"]:
+        del sys.modules[name]
+    try:
+        __import__(module)
+    except Exception as error:
+        sys.exit(f"{module} cannot be imported alone: {type(error).__name__}: {error}")
+"""
+
+
+def test_the_snapshot_names_every_public_module():
+    package = ROOT / "metarobust"
+    found = {"metarobust"}
+    for path in [*package.glob("[!_]*.py"), *package.glob("[!_]*/__init__.py")]:
+        found.add("metarobust." + (path.parent.name if path.name == "__init__.py" else path.stem))
+    assert found - UNFINISHED == set(PUBLIC_NAMES) - UNFINISHED
+
+
+@every_module
+def test_public_names_are_those_of_the_snapshot(module):
+    imported = importlib.import_module(module)
+    assert hasattr(imported, "__all__"), f"{module} has no __all__: say which of its names are public."
+    assert sorted(imported.__all__) == sorted(PUBLIC_NAMES[module])
+    assert len(set(imported.__all__)) == len(imported.__all__)
+
+
+@every_module
+def test_public_classes_and_functions_have_docstrings(module):
+    imported = importlib.import_module(module)
+    assert imported.__doc__, f"{module} has no docstring."
+    for name in PUBLIC_NAMES[module]:
+        thing = getattr(imported, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            generated = f"{name}("  # dataclasses and named tuples without a docstring get their signature as one
+            text = thing.__doc__ or generated
+            assert not text.startswith(generated), f"{module}.{name} has no docstring."
+
+
+def test_every_module_can_be_imported_alone():
+    """In one fresh interpreter, which forgets the library before each import; torch stays, its import is slow."""
+    command = [sys.executable, "-W", "error", "-c", IMPORT_EACH_ALONE, *PUBLIC_NAMES]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_importing_the_top_package_loads_nothing_heavy():
+    program = "import sys, metarobust; print(*sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+    outcome = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (outcome.returncode, outcome.stdout.strip()) == (0, ""), outcome.stderr + outcome.stdout
