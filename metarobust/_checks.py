@@ -53,9 +53,7 @@ def images(x: Tensor, *, lower: float, upper: float, tolerance: float = 1e-6) ->
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            message("x", "a floating-point tensor", kind, "for 8-bit images write x.float() / 255")
-        )
+        raise TypeError(message("x", "a floating-point tensor", kind, "for 8-bit images write x.float() / 255"))
     if x.numel() == 0:
         return
     low, high = (v.item() for v in torch.aminmax(x.detach()))

@@ -37,18 +37,14 @@ class Streams(NamedTuple):
 class Attack(Protocol):
     """Moves examples inside a threat model: the result is detached and lies inside ball and box."""
 
-    def __call__(
-        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor: ...
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 @runtime_checkable
 class RobustLoss(Protocol):
     """A loss per example, shape ``[batch]``, differentiable in the model's parameters."""
 
-    def __call__(
-        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor: ...
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 class Task(Protocol):

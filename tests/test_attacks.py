@@ -438,9 +438,7 @@ def test_pgd_reaches_the_optimum_on_a_linear_model(norm, dual, direction, loss, 
     """Where the box does not bind, the logit difference moves by epsilon times the dual norm of w."""
     model, w = two_class_linear()
     threat_model = ThreatModel(norm=norm, epsilon=0.3, lower=-10, upper=10)
-    attack = PGD(
-        threat_model=threat_model, steps=20, step_size=0.3, loss=loss, direction=direction, random_start=random_start
-    )
+    attack = PGD(threat_model=threat_model, steps=20, step_size=0.3, loss=loss, direction=direction, random_start=random_start)
     x, y = torch.randn(8, 16, generator=seeded(5), dtype=torch.float64), torch.arange(8) % 2
     moved = margin(model(attack(model, x, y, generator=seeded())), y) - margin(model(x), y)
     optimum = 0.3 * torch.linalg.vector_norm(w, ord=dual) * (1 if direction == "adversary" else -1)

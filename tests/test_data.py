@@ -232,9 +232,7 @@ def test_torchvision_and_learn2learn_are_imported_only_where_they_are_used():
                 assert not lazy, f"{file.name}: write `{ast.unparse(node)}` inside the function that needs it"
 
 
-needs_learn2learn = pytest.mark.skipif(
-    importlib.util.find_spec("learn2learn") is None, reason="learn2learn is not installed"
-)
+needs_learn2learn = pytest.mark.skipif(importlib.util.find_spec("learn2learn") is None, reason="learn2learn is not installed")
 
 
 @needs_learn2learn

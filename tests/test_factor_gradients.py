@@ -73,9 +73,13 @@ def test_first_layer_is_the_derivative_of_the_dual_norm_penalty() -> None:
 LAYERS = {
     "conv2d": lambda: nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2)),
     "dilated": lambda: nn.Sequential(nn.Conv2d(1, 3, 3, dilation=2, bias=False), nn.Tanh(), nn.Conv2d(3, 2, 2)),
-    "same": lambda: nn.Sequential(nn.Conv2d(1, 3, (5, 3), dilation=(1, 2), padding="same"), nn.Tanh(), nn.Conv2d(3, 2, 3, padding="valid")),
+    "same": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, (5, 3), dilation=(1, 2), padding="same"), nn.Tanh(), nn.Conv2d(3, 2, 3, padding="valid")
+    ),
     "reflect": lambda: nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1, padding_mode="reflect"), nn.Tanh(), nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular")
+        nn.Conv2d(1, 3, 3, padding=1, padding_mode="reflect"),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"),
     ),
     "conv1d": lambda: nn.Sequential(nn.Flatten(1, 2), nn.Conv1d(8, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 2, 3, stride=2)),
     "linear over positions": lambda: nn.Sequential(nn.Flatten(1, 2), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)),
@@ -163,7 +167,9 @@ def test_stack_equals_one_by_one() -> None:
     per_copy = F.cross_entropy(stacked(x), y, reduction="none").reshape(3, 4).mean(1)
     assert per_copy.shape == (3,)
     found = factor_gradients(
-        stacked, lambda: F.cross_entropy(stacked(x), y, reduction="none").reshape(3, 4).mean(1).sum(), threat_model=THREAT_MODEL
+        stacked,
+        lambda: F.cross_entropy(stacked(x), y, reduction="none").reshape(3, 4).mean(1).sum(),
+        threat_model=THREAT_MODEL,
     )
     for i, model in enumerate(models):
         rows, targets = x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4]
@@ -200,7 +206,10 @@ def test_functional_call_and_create_graph_give_exact_second_derivatives() -> Non
     found = sum((s * d).sum() for s, d in zip(slopes, direction, strict=True))
     step = 1e-6
     ends = [
-        value(tuple((p + sign * step * d).requires_grad_() for p, d in zip(start, direction, strict=True)), create_graph=False)
+        value(
+            tuple((p + sign * step * d).requires_grad_() for p, d in zip(start, direction, strict=True)),
+            create_graph=False,
+        )
         for sign in (1, -1)
     ]
     torch.testing.assert_close(found, (ends[0] - ends[1]).detach() / (2 * step), rtol=1e-6, atol=1e-8)

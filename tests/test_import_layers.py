@@ -136,9 +136,7 @@ def test_a_package_init_is_a_docstring_imports_and_all(path):
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_files_stay_short(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= LONGEST_FILE, (
-        f"{module_name(path)} has {lines} lines, at most {LONGEST_FILE} are allowed: split it."
-    )
+    assert lines <= LONGEST_FILE, f"{module_name(path)} has {lines} lines, at most {LONGEST_FILE} are allowed: split it."
 
 
 # The checks themselves -----------------------------------------------------------------------------------------------
@@ -187,10 +185,7 @@ def test_imports_that_point_down_pass():
 def test_a_planted_early_import_is_found(source):
     (sentence,) = early_imports(source, "metarobust.losses")
     assert "is imported at the top; import it inside the function that uses it" in sentence
-    assert (
-        early_imports("def f():\n" + "\n".join(f"    {line}" for line in source.splitlines()), "metarobust.losses")
-        == []
-    )
+    assert early_imports("def f():\n" + "\n".join(f"    {line}" for line in source.splitlines()), "metarobust.losses") == []
 
 
 @pytest.mark.parametrize(

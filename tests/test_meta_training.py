@@ -39,9 +39,7 @@ class SmoothTask:
         return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softplus(), nn.Linear(3, 3)).double()
 
     def initial_parameters(self, *, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return tuple(
-            0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in self.template.parameters()
-        )
+        return tuple(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in self.template.parameters())
 
     def _losses(self, parameters: tuple[Tensor, ...], x: Tensor) -> Tensor:
         named = dict(zip(self.names, parameters, strict=True))
@@ -116,9 +114,7 @@ def test_first_order_drops_exactly_the_path_through_the_optimizee_gradients() ->
         found = []
         for second_order in (True, False):
             optimizer = smooth_optimizer()
-            run = MetaTrainingRun(
-                optimizer, lambda generator: SmoothTask(), settings(unroll=steps, second_order=second_order)
-            )
+            run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=steps, second_order=second_order))
             found.append(torch.autograd.grad(run.unrolled_loss(run.slots[0]), optimizer.readout)[0])
         assert torch.allclose(*found, rtol=1e-10, atol=1e-12) is equal
 
@@ -163,7 +159,9 @@ def live_tensors() -> int:
 
 def test_memory_is_flat_over_100_truncations() -> None:
     run = MetaTrainingRun(
-        LSTMOptimizer(hidden_size=2).double(), lambda generator: SmoothTask(), settings(unroll=2, total_steps=20, iterations=200)
+        LSTMOptimizer(hidden_size=2).double(),
+        lambda generator: SmoothTask(),
+        settings(unroll=2, total_steps=20, iterations=200),
     )
     for _ in range(12):
         run.advance()
@@ -193,7 +191,14 @@ def digit_task(generator: torch.Generator) -> ClassificationTask:
     )
 
 
-RUN: dict[str, Any] = {"total_steps": 12, "unroll": 4, "slots": 2, "seed": 3, "iterations": 9, "report": lambda i, loss: None}
+RUN: dict[str, Any] = {
+    "total_steps": 12,
+    "unroll": 4,
+    "slots": 2,
+    "seed": 3,
+    "iterations": 9,
+    "report": lambda i, loss: None,
+}
 
 
 @pytest.mark.parametrize("second_order", [False, True])
@@ -284,9 +289,7 @@ def test_task_draws_judging_examples_outside_the_subset_and_counts_attacks() -> 
         task.meta_loss(parameters, generator=generator)
         assert counter.calls == 1
     with pytest.raises(ValueError, match="subsets must be smaller than the data set"):
-        ClassificationTask(
-            build=lambda: mlp([64, 10]), dataset=pool(), subsets=torch.arange(60)[None], threat_model=THREAT_MODEL
-        )
+        ClassificationTask(build=lambda: mlp([64, 10]), dataset=pool(), subsets=torch.arange(60)[None], threat_model=THREAT_MODEL)
 
 
 def test_task_without_second_stream_is_the_same_gradient() -> None:

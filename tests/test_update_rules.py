@@ -186,9 +186,7 @@ def test_torch_optimizer_groups_schedulers_and_zero_grad() -> None:
     learned = LSTMOptimizer()
     model = mlp([4, 3, 2])
     parameters = list(model.parameters())
-    optimizer = learned.torch_optimizer(
-        [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.0}], total_steps=10
-    )
+    optimizer = learned.torch_optimizer([{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.0}], total_steps=10)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     before = [p.detach().clone() for p in parameters]
     with record_factors(model) as recorder:

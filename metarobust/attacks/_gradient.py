@@ -124,9 +124,7 @@ def _check(attack: FGSM | PGD) -> None:
     choice("direction", attack.direction, DIRECTIONS)
 
 
-def _ascend(
-    attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tensor, *, steps: int, step_size: float
-) -> Tensor:
+def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tensor, *, steps: int, step_size: float) -> Tensor:
     """``steps`` projected steps from ``start``; the summed loss decouples the rows, so one backward pass serves them all."""
     record_call(len(x))
     threat_model, loss = attack.threat_model, loss_function(attack.loss)

@@ -11,7 +11,7 @@ class Demo:
     """Meta-train an LSTM meta-optimizer on small digit classifiers and transfer it, frozen, to unseen architectures.
 
     Trains on clean examples of scikit-learn's handwritten digits, without a single attack call on the targets, compares with
-    seven ways of training, and writes report.json, robust_accuracy.png and meta_optimizer.safetensors.
+    six other ways of training, and writes report.json, robust_accuracy.png and meta_optimizer.safetensors.
     """
 
     out: Path = Path("metarobust-demo")
@@ -23,6 +23,8 @@ class Demo:
 
     def run(self) -> None:
         """Run the demo and write its files."""
+        if self.seed < 0:
+            raise ValueError(f"--seed must be an integer >= 0, got {self.seed}")
         out = writable_folder(self.out)
         from metarobust.command_line._demo_run import run_demo
 

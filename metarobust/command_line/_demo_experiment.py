@@ -62,7 +62,7 @@ class DemoSettings:
     target_examples: int = 100
     calibration_first: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
     calibration_others: tuple[float, ...] = (0.0, 0.15)
-    curve_steps: tuple[int, ...] = (0, 10, 25, 50, 100, 150, 200)
+    curve_steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
 
 
 def demo_settings(*, quick: bool, seed: int) -> DemoSettings:
@@ -95,23 +95,21 @@ def sample_meta_task(settings: DemoSettings, attack: Attack | None, generator: t
 
 
 def meta_task(
-    settings: DemoSettings, architecture: str, examples: int, attack: Attack | None, generator: torch.Generator
+    settings: DemoSettings, architecture: str, examples: int, attack: Attack | None, generator: torch.Generator, copies: int = 4
 ) -> ClassificationTask:
-    """Four copies of an architecture, each on its own ``examples`` of the meta-training pool."""
+    """Copies of an architecture, each on its own ``examples`` of the meta-training pool."""
     pool = pools(settings.seed).meta_train
     tasks = LowDataTasks(dataset=pool, examples=examples)
     return ClassificationTask(
         build=META_ARCHITECTURES[architecture],
         dataset=pool,
-        subsets=torch.stack([tasks.sample_indices(generator) for _ in range(4)]),
+        subsets=torch.stack([tasks.sample_indices(generator) for _ in range(copies)]),
         threat_model=THREAT_MODEL,
         meta_attack=attack,
     )
 
 
-def meta_train_variant(
-    settings: DemoSettings, variant: str, path: Path, report: Callable[[int, float], None]
-) -> list[float]:
+def meta_train_variant(settings: DemoSettings, variant: str, path: Path, report: Callable[[int, float], None]) -> list[float]:
     """Meta-train one of the :data:`LEARNED` variants, calibrate it, save it to ``path``, and return its meta-losses.
 
     The control is judged on clean examples throughout, in meta-training and in calibration.
@@ -132,7 +130,7 @@ def meta_train_variant(
         judge = None if variant == "control" else PGD(threat_model=THREAT_MODEL, steps=10)
         calibrate(
             trained.meta_optimizer,
-            [meta_task(settings, name, settings.target_examples, judge, generator) for name in META_ARCHITECTURES],
+            [meta_task(settings, name, settings.target_examples, judge, generator, copies=8) for name in META_ARCHITECTURES],
             total_steps=settings.total_steps,
             first=settings.calibration_first,
             others=settings.calibration_others,
@@ -170,11 +168,14 @@ def update_rule(settings: DemoSettings, method: str, learning_rate: float | None
 
 
 def stacked_robust_accuracy(task: ClassificationTask, parameters: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
-    """Accuracy under PGD-20 of each copy on its own rows ``x [copies * n, ...]``, shape ``[copies]``."""
-    model = task.model(parameters)
-    x_adv = PGD(threat_model=THREAT_MODEL, steps=20)(model, x, y, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return (model(x_adv).argmax(1) == y).reshape(task.optimizees, -1).float().mean(1)
+    """Accuracy of each copy on its own rows ``x [copies * n, ...]`` under PGD-20 on both losses, shape ``[copies]``."""
+    model, generator = task.model(parameters), torch.Generator().manual_seed(0)
+    right = torch.ones(len(x), dtype=torch.bool)
+    for loss in ("cross_entropy", "margin"):
+        x_adv = PGD(threat_model=THREAT_MODEL, steps=20, loss=loss)(model, x, y, generator=generator)
+        with torch.no_grad():
+            right &= model(x_adv).argmax(1) == y
+    return right.reshape(task.optimizees, -1).float().mean(1)
 
 
 def validation_accuracy(task: ClassificationTask, parameters: tuple[Tensor, ...]) -> float:

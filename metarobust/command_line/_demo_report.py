@@ -10,12 +10,12 @@ from metarobust._files import write_atomically
 from metarobust.command_line import _demo_experiment as experiment
 
 LABELS = {
-    "lstm": "LSTM, two clean streams",
+    "lstm": "LSTM, two streams",
     "lstm_one_stream": "LSTM, gradient only",
-    "control": "LSTM, clean meta-loss (control)",
+    "control": "LSTM, clean meta-loss",
     "factor_rule": "hand-set factor rule",
     "adam": "Adam, clean",
-    "sgd_momentum": "SGD with momentum, clean",
+    "sgd_momentum": "SGD momentum, clean",
     "pgd_adversarial_training": "PGD adversarial training",
 }
 COLOURS = {
@@ -112,19 +112,22 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     if report["quick"]:
         print("quick run: a smoke test, not evidence")
     names = " and ".join(experiment.TARGET_NAMES.values())
-    print(f"targets {names}, unseen in meta-training; {settings['target_examples']} training examples, ", end="")
-    print(f"{settings['total_steps']} steps, {settings['seeds']} seeds; test digits, l_inf 0.1, worst case of several attacks")
+    print(f"targets {names}: unseen in meta-training, {settings['target_examples']} training examples,")
+    print(
+        f"{settings['total_steps']} steps, {settings['seeds']} seeds; judged on test digits by {', '.join(settings['evaluation_attacks'])}"
+    )
     table = Table()
-    table.add_column("training method", no_wrap=True)
+    table.add_column("trained by", no_wrap=True)
     for target in experiment.TARGETS:
         table.add_column(f"{target.upper()}\nclean", justify="right", no_wrap=True)
-        table.add_column(f"{target.upper()}\nrobust (sd)", justify="right", no_wrap=True)
+        table.add_column(f"{target.upper()}\nrobust", justify="right", no_wrap=True)
+        table.add_column("\nsd", justify="right", no_wrap=True)
     for method in experiment.METHODS:
         row = [LABELS[method]]
         for target in experiment.TARGETS:
             result = report["targets"][target]["results"][method]
             row.append(f"{result['clean']['mean']:.3f}")
-            row.append(f"{result['robust']['mean']:.3f} ({result['robust']['sd']:.3f})")
+            row += [f"{result['robust']['mean']:.3f}", f"{result['robust']['sd']:.3f}"]
         table.add_row(*row, style="bold" if method == "lstm" else None)
     console.print(table)
     shares = ", ".join(f"{report['targets'][t]['gap_closed']:.2f} on the {t.upper()}" for t in experiment.TARGETS)
@@ -159,7 +162,7 @@ def draw(results: list[dict[str, Any]], settings: experiment.DemoSettings, path:
         axis.set_xlabel("training step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("accuracy under PGD-20, test digits")
+    axes[0].set_ylabel("worst of two PGD-20 attacks, test digits")
     axes[0].set_ylim(bottom=0)
     title = f"{settings.target_examples} training examples, l_inf epsilon {experiment.THREAT_MODEL.epsilon:g}"
     figure.suptitle(title + f", {settings.seeds} seeds (band: one sd)" + (", quick run" if quick else ""))

@@ -6,7 +6,6 @@ import queue
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -125,11 +124,14 @@ class _Display:
         columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
         self.progress = Progress(
-            *columns, TextColumn("{task.fields[text]}"), console=console, transient=True, disable=not console.is_terminal
+            *columns,
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         self.bars = {
-            variant: self.progress.add_task(f"meta-train {variant}", total=iterations, text="")
-            for variant in experiment.LEARNED
+            variant: self.progress.add_task(f"meta-train {variant}", total=iterations, text="") for variant in experiment.LEARNED
         }
         total = len(experiment.METHODS) * len(experiment.TARGETS)
         self.targets = self.progress.add_task("train and attack targets", total=total, text="")

@@ -1,35 +1,61 @@
 """Parse the command line, run the verb, turn expected failures into one sentence and exit code 2."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import NoReturn
 
 import tyro
 
 from metarobust import __version__
 from metarobust.command_line._demo import Demo
 
-Verbs = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[None, tyro.conf.subcommand("version")]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Meta-learning robust classifiers through higher-order gradients."""
-    verb = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "version": _version},
-        prog="metarobust",
-        description=main.__doc__,
-        args=None if arguments is None else list(arguments),
-    )
+    verb = _parse(arguments)
     if not isinstance(verb, Demo):
         return
     try:
         verb.run()
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
-        print(f"metarobust: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except KeyboardInterrupt:
-        print("metarobust: interrupted; nothing was written to --out after the last finished file", file=sys.stderr)
+        print("metarobust: interrupted; files that were complete stay, nothing was half-written", file=sys.stderr)
         sys.exit(130)
+
+
+def _parse(arguments: Sequence[str] | None) -> object:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                {"demo": Demo, "version": _version},
+                prog="metarobust",
+                description=main.__doc__,
+                args=None if arguments is None else list(arguments),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        _fail(_first_sentence(said.getvalue()) + "; run metarobust --help, or metarobust VERB --help")
+
+
+def _first_sentence(box: str) -> str:
+    """The first paragraph of tyro's boxed message, on one line."""
+    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
+    paragraph = []
+    for line in lines:
+        if line.startswith("──"):
+            break
+        paragraph.append(line)
+    return " ".join(paragraph).rstrip(".") or box.strip()
+
+
+def _fail(sentence: str) -> NoReturn:
+    print("metarobust: " + " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def _version() -> None:

@@ -1,7 +1,12 @@
 """Update: how the parameters move. Learned update rules, the streams they read, their training, transfer and storage."""
 
 from metarobust.meta_optimizers._calibration import Calibration, calibrate, train_optimizees
-from metarobust.meta_optimizers._factor_gradients import FactorGradients, FactorRecorder, factor_gradients, record_factors
+from metarobust.meta_optimizers._factor_gradients import (
+    FactorGradients,
+    FactorRecorder,
+    factor_gradients,
+    record_factors,
+)
 from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
 from metarobust.meta_optimizers._meta_training import MetaTraining, MetaTrainingSettings, meta_train
 from metarobust.meta_optimizers._storage import load, save

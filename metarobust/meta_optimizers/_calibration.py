@@ -1,5 +1,6 @@
 """Setting the strength of the second stream by whole training runs, where truncated back-propagation sees only a window."""
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
@@ -16,7 +17,7 @@ from metarobust.types import Task
 
 
 class Calibration(NamedTuple):
-    """The offsets chosen for (first layer, other layers) and the score of every pair tried, higher is better."""
+    """The offsets chosen for (first layer, other layers) and the mean accuracy of every pair tried."""
 
     offsets: tuple[float, float]
     scores: dict[tuple[float, float], float]
@@ -52,8 +53,10 @@ def calibrate(
 
     Truncated back-propagation judges a coefficient by what it does within one window, and there a strong second stream costs
     more than it brings; over a whole run the balance is different. This tries every pair of offsets, for the first layer's
-    coefficient and for the others', trains each task for ``total_steps``, scores the mean accuracy on the task's own judging
-    examples (attacked by the task's ``meta_attack``), adds the best pair to the meta-optimizer in place and records it.
+    coefficient and for the others', trains each task for ``total_steps`` and scores the accuracy on the task's own judging
+    examples (attacked by the task's ``meta_attack``). Of the pairs that are not worse than the best one by more than a standard
+    error of the paired difference over optimizees, the smallest wins (Breiman et al., 1984, section 3.4.3: differences within
+    noise must not move anything). It is added to the meta-optimizer in place and recorded.
 
     Args:
         meta_optimizer: reads two streams.
@@ -71,7 +74,7 @@ def calibrate(
     integer("total_steps", total_steps, least=1)
     assert meta_optimizer.factor_coefficient is not None
     start = meta_optimizer.factor_coefficient.detach().clone()
-    scores: dict[tuple[float, float], float] = {}
+    found: dict[tuple[float, float], Tensor] = {}
     for pair in product(first, others):
         meta_optimizer.shift_factor_coefficients(first=pair[0], others=pair[1])
         rule = meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
@@ -79,11 +82,28 @@ def calibrate(
         for number, task in enumerate(tasks):
             generator = torch.Generator().manual_seed(seed + number)
             final = train_optimizees(task, rule, total_steps=total_steps, generator=generator)[total_steps]
-            accuracies.append(task.meta_accuracy(final, generator=generator).mean())
-        scores[pair] = torch.stack(accuracies).mean().item()
+            accuracies.append(task.meta_accuracy(final, generator=generator))
+        found[pair] = torch.cat(accuracies)
         with torch.no_grad():
             meta_optimizer.factor_coefficient.copy_(start)
-    best = max(scores, key=lambda pair: scores[pair])
-    meta_optimizer.shift_factor_coefficients(first=best[0], others=best[1])
-    meta_optimizer.record["calibration"] = {"first": best[0], "others": best[1], "score": scores[best]}
-    return Calibration(best, scores)
+    chosen = smallest_within_noise(found)
+    scores = {pair: accuracy.mean().item() for pair, accuracy in found.items()}
+    meta_optimizer.shift_factor_coefficients(first=chosen[0], others=chosen[1])
+    meta_optimizer.record["calibration"] = {
+        "first": chosen[0],
+        "others": chosen[1],
+        "scores": [{"first": pair[0], "others": pair[1], "score": score} for pair, score in scores.items()],
+    }
+    return Calibration(chosen, scores)
+
+
+def smallest_within_noise(found: dict[tuple[float, float], Tensor]) -> tuple[float, float]:
+    """The smallest pair whose mean lies within one standard error (of the paired difference) of the best pair's mean."""
+    best = max(found, key=lambda pair: found[pair].mean().item())
+
+    def within(pair: tuple[float, float]) -> bool:
+        difference = found[best] - found[pair]
+        error = difference.std() / math.sqrt(len(difference)) if len(difference) > 1 else torch.zeros(())
+        return bool(difference.mean() <= error)
+
+    return min((pair for pair in found if within(pair)), key=lambda pair: (abs(pair[0]) + abs(pair[1]), pair))

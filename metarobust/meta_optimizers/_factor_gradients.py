@@ -112,10 +112,8 @@ class FactorRecorder:
             "call the model inside the block, under enabled gradients",
         )
         edges = [edge for call in self._calls for edge in (call.input_edge, call.output_edge)]
-        found = torch.autograd.grad(loss, [*targets, *edges], create_graph=create_graph, allow_unused=True)
-        gradients = tuple(
-            torch.zeros_like(p) if g is None else g for p, g in zip(targets, found[: len(targets)], strict=True)
-        )
+        found = torch.autograd.grad(loss, cast("Any", [*targets, *edges]), create_graph=create_graph, allow_unused=True)
+        gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(targets, found[: len(targets)], strict=True))
         place = {id(p): i for i, p in enumerate(targets)}
         perturbed: list[Tensor | None] = [None] * len(targets)
         with torch.set_grad_enabled(create_graph):
@@ -142,8 +140,8 @@ class FactorRecorder:
             p.grad = g if p.grad is None else p.grad + g
             earlier = getattr(p, "perturbed_factor_grad", None)
             # A fresh step (after zero_grad) starts a fresh second stream too.
-            accumulating = earlier is not None and p.grad is not g
-            cast("Any", p).perturbed_factor_grad = earlier + h if accumulating else h
+            fresh = earlier is None or p.grad is g
+            cast("Any", p).perturbed_factor_grad = h if fresh else earlier + h
 
     def _worst_case_factor(self, call: _LayerCall, gradient: Tensor) -> Tensor:
         threat_model, inputs = self.threat_model, call.inputs
@@ -215,7 +213,10 @@ def record_factors(model: nn.Module, *, threat_model: ThreatModel | None = None)
     """
     threat_model = ThreatModel() if threat_model is None else threat_model
     require(
-        threat_model.norm in ("linf", "l2"), "threat_model.norm", "'linf' or 'l2' for factor gradients", threat_model.norm
+        threat_model.norm in ("linf", "l2"),
+        "threat_model.norm",
+        "'linf' or 'l2' for factor gradients",
+        threat_model.norm,
     )
     recorder = FactorRecorder(model, threat_model)
     hooks = []

@@ -58,7 +58,8 @@ def adam_direction(moments: Moments, coefficient: Tensor | None, step: int) -> T
     """
     first, second = moments.g, moments.g_squared
     if coefficient is not None and moments.h is not None:
-        assert moments.g_times_h is not None and moments.h_squared is not None
+        assert moments.g_times_h is not None
+        assert moments.h_squared is not None
         first = first + coefficient * moments.h
         second = second + coefficient * (2 * moments.g_times_h + coefficient * moments.h_squared)
     return (first / (1 - FAST**step)) / (root(second / (1 - SECOND**step)) + 1e-8)

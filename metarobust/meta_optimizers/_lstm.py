@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
-from metarobust._checks import choice, finite, integer, message, require
+from metarobust._checks import choice, finite, integer, require
 from metarobust._tensors import tree_detach
 from metarobust.meta_optimizers import _features as features
 from metarobust.meta_optimizers._features import Moments
-from metarobust.meta_optimizers._layout import ROLES, Layout, layout_of
-from metarobust.types import Streams
+from metarobust.meta_optimizers._layout import ROLES, Layout
 
 GRADIENT_SOURCES = ("gradient", "gradient+perturbed_factors")
 BASES = ("adam", "none")
@@ -134,7 +133,12 @@ class LSTMOptimizer(nn.Module):
     def serban2020(cls) -> Self:
         """The network of the paper's code: two cells of 20 units, features ``[20 g, clamp(g e^20)]``, update 0.01 * output."""
         return cls(
-            gradient_source="gradient", hidden_size=20, layers=2, preprocessing="multiply", base="none", output_scale=0.01
+            gradient_source="gradient",
+            hidden_size=20,
+            layers=2,
+            preprocessing="multiply",
+            base="none",
+            output_scale=0.01,
         )
 
     def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
@@ -152,7 +156,9 @@ class LSTMOptimizer(nn.Module):
 
         return transformation(self, total_steps=total_steps, stacked=stacked)
 
-    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, learning_rate_scale: float = 1.0) -> torch.optim.Optimizer:
+    def torch_optimizer(
+        self, params: Iterable[Any], *, total_steps: int, learning_rate_scale: float = 1.0
+    ) -> torch.optim.Optimizer:
         """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
         from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 

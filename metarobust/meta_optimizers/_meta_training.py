@@ -215,9 +215,7 @@ class MetaTrainingRun:
         if settings.second_order:  # the first gradient of an unroll needs a graph to keep
             slot.parameters = tuple(p.requires_grad_() for p in slot.parameters)
         for position in range(1, settings.unroll + 1):
-            _, streams = slot.task.streams(
-                slot.parameters, generator=slot.generator, create_graph=settings.second_order
-            )
+            _, streams = slot.task.streams(slot.parameters, generator=slot.generator, create_graph=settings.second_order)
             seen = slot.parameters if settings.second_order else tree_detach(slot.parameters)
             updates, slot.state = self.rule.update(cast("Any", streams), slot.state, params=seen, inplace=False)
             slot.parameters = cast("Any", apply_updates(cast("Any", slot.parameters), updates, inplace=False))

@@ -18,7 +18,10 @@ FORMAT = "metarobust meta-training run 1"
 
 def save_run(path: Path, run: "MetaTrainingRun") -> None:
     """Write the run's state, atomically."""
-    tensors: dict[str, Tensor] = {"generator": run.generator.get_state(), "losses": torch.tensor(run.losses, dtype=torch.float64)}
+    tensors: dict[str, Tensor] = {
+        "generator": run.generator.get_state(),
+        "losses": torch.tensor(run.losses, dtype=torch.float64),
+    }
     tensors |= {f"meta_optimizer.{name}": value for name, value in run.meta_optimizer.state_dict().items()}
     for i, p in enumerate(run.parameters):
         tensors |= {f"adam.{i}.{name}": value for name, value in run.adam.state.get(p, {}).items()}
@@ -50,9 +53,7 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         )
     run.generator.set_state(tensors["generator"])
     run.losses[:] = tensors["losses"].tolist()
-    run.meta_optimizer.load_state_dict(
-        {name: tensors[f"meta_optimizer.{name}"] for name in run.meta_optimizer.state_dict()}
-    )
+    run.meta_optimizer.load_state_dict({name: tensors[f"meta_optimizer.{name}"] for name in run.meta_optimizer.state_dict()})
     for i, p in enumerate(run.parameters):
         prefix = f"adam.{i}."
         found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -62,7 +63,7 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         slot = run.slot_from_seed(saved["task_seed"], saved["horizon"])
         slot.age = saved["age"]
         slot.generator.set_state(tensors[f"slot.{i}.generator"])
-        leaves, structure = pytree.tree_flatten((slot.parameters, slot.state))
+        leaves, structure = pytree.tree_flatten(cast("Any", (slot.parameters, slot.state)))
         restored = [tensors[f"slot.{i}.{j}"] for j in range(len(leaves))]
         slot.parameters, slot.state = cast("Any", pytree.tree_unflatten(structure, restored))
         run.slots[i] = slot

@@ -39,9 +39,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ...     _ = optimizer.step()
     """
 
-    def __init__(
-        self, params: Iterable[Any], meta_optimizer: LSTMOptimizer, *, total_steps: int, lr: float = 1.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], meta_optimizer: LSTMOptimizer, *, total_steps: int, lr: float = 1.0) -> None:
         integer("total_steps", total_steps, least=1)
         finite("lr", lr, least=0.0)
         self.meta_optimizer = meta_optimizer

@@ -1,6 +1,7 @@
 """Small classifiers without normalisation: multi-layer perceptrons and two-layer convolutional networks."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -21,16 +22,14 @@ def mlp(sizes: Sequence[int]) -> nn.Sequential:
     for size in sizes:
         integer("sizes", size, least=1)
     layers: list[nn.Module] = [nn.Flatten()]
-    for position, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for position, (inputs, outputs) in enumerate(pairwise(sizes)):
         if position:
             layers.append(nn.ReLU())
         layers.append(nn.Linear(inputs, outputs))
     return nn.Sequential(*layers)
 
 
-def cnn(
-    channels: Sequence[int], *, image_size: int = 8, image_channels: int = 1, classes: int = 10
-) -> nn.Sequential:
+def cnn(channels: Sequence[int], *, image_size: int = 8, image_channels: int = 1, classes: int = 10) -> nn.Sequential:
     """3x3 convolutions (padding 1) with ReLU, the first of stride 1 and each later one of stride 2, then one linear layer.
 
     Args:

@@ -91,9 +91,7 @@ class StackedAffine(nn.Module):
         return () if self.trailing else (1,) * (rows.dim() - 2 - (self.weight.dim() - 1))
 
 
-def convolution_weight_gradient(
-    inputs: Tensor, output_gradients: Tensor, weight: Tensor, layer: nn.Module
-) -> Tensor:
+def convolution_weight_gradient(inputs: Tensor, output_gradients: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
     """Weight gradient of a convolution from its two factors alone, without running the convolution again."""
     spatial = weight.dim() - 2
     stride, dilation = cast("tuple[int, ...]", layer.stride), cast("tuple[int, ...]", layer.dilation)
@@ -140,8 +138,8 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
     return _stack(list(modules))
 
 
-def _stacked(parameters: Sequence[Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.stack([p.detach() for p in parameters]))
+def _stacked(parameters: Sequence[Tensor | None]) -> nn.Parameter:
+    return nn.Parameter(torch.stack([p.detach() for p in parameters if p is not None]))
 
 
 def _stack(modules: list[nn.Module]) -> nn.Module:
@@ -169,5 +167,5 @@ def _stack(modules: list[nn.Module]) -> nn.Module:
     for name, child in first.named_children():
         stacked._modules[name] = _stack([m.get_submodule(name) for m in modules])
         if next(child.children(), None) is None:  # a module with children got its mode from its own shallow copy
-            stacked._modules[name].train(child.training)
+            stacked.get_submodule(name).train(child.training)
     return stacked
