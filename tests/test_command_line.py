@@ -65,9 +65,8 @@ def test_unwritable_out_is_one_sentence_before_any_work(tmp_path: Path) -> None:
     occupied.write_text("not a folder")
     done = metarobust("demo", "--out", str(occupied / "below"))
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [
-        f"metarobust: --out must be a folder that can be written to, got {occupied / 'below'} (Not a directory); pass another folder"
-    ]
+    expected = f"--out must be a folder that can be written to, got {occupied / 'below'} (Not a directory); pass another folder"
+    assert done.stderr.strip().splitlines() == [f"metarobust: {expected}"]
     assert occupied.read_text() == "not a folder"
 
 

@@ -1,6 +1,6 @@
 """Meta-training: exact meta-gradients, honest truncation, flat memory, bit-identical resume, clear failures."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from metarobust.attacks import PGD, count_calls
 from metarobust.data import LabelledImages
-from metarobust.meta_optimizers import ClassificationTask, LSTMOptimizer, factor_gradients, meta_train
+from metarobust.meta_optimizers import ClassificationTask, LSTMOptimizer, calibrate, factor_gradients, meta_train
+from metarobust.meta_optimizers._calibration import smallest_within_noise
 from metarobust.meta_optimizers._meta_training import MetaTrainingRun, MetaTrainingSettings
 from metarobust.models import cnn, mlp, stack
 from metarobust.threat_models import ThreatModel
@@ -308,3 +309,48 @@ def test_global_generator_is_untouched() -> None:
     optimizer_state = digit_task(torch.Generator().manual_seed(1)).initial_parameters(generator=torch.Generator())
     assert optimizer_state[0].shape[0] == 2
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_calibration_scores_every_pair_and_keeps_the_smallest_within_noise() -> None:
+    torch.manual_seed(0)
+    optimizer = LSTMOptimizer(hidden_size=2)
+    assert optimizer.factor_coefficient is not None
+    before = optimizer.factor_coefficient.detach().clone()
+    tasks = [digit_task(torch.Generator().manual_seed(s)) for s in (1, 2)]
+    arguments: dict[str, Any] = {"total_steps": 3, "first": (0.0, 0.5), "others": (0.0, 0.1)}
+    chosen = calibrate(optimizer, tasks, **arguments)
+    assert set(chosen.scores) == {(0.0, 0.0), (0.0, 0.1), (0.5, 0.0), (0.5, 0.1)}
+    assert len(optimizer.record["calibration"]["scores"]) == 4
+    shifted = optimizer.factor_coefficient.detach() - before
+    again = LSTMOptimizer(hidden_size=2)
+    again.shift_factor_coefficients(first=chosen.offsets[0], others=chosen.offsets[1])
+    assert again.factor_coefficient is not None
+    torch.testing.assert_close(shifted, again.factor_coefficient.detach())
+    again.load_state_dict(optimizer.state_dict())
+    again.shift_factor_coefficients(first=-chosen.offsets[0], others=-chosen.offsets[1])
+    assert calibrate(again, tasks, **arguments).scores == chosen.scores, "same tasks, same seeds, same scores"
+
+
+def test_one_standard_error_rule() -> None:
+    best = torch.tensor([0.6, 0.7, 0.5, 0.6])
+    clear = {(0.0, 0.0): best - 0.1, (0.5, 0.0): best - 0.05, (1.0, 0.0): best}
+    assert smallest_within_noise(clear) == (1.0, 0.0), "a constant paired difference is no noise"
+    noise = torch.tensor([0.1, -0.1, 0.1, -0.09])
+    assert smallest_within_noise({(0.0, 0.0): best + noise - 0.01, (1.0, 0.0): best}) == (0.0, 0.0)
+
+
+def test_calibration_needs_two_streams_and_tasks() -> None:
+    with pytest.raises(ValueError, match="one that reads two streams"):
+        calibrate(LSTMOptimizer(gradient_source="gradient"), [digit_task(torch.Generator())], total_steps=2)
+    with pytest.raises(ValueError, match="at least one task"):
+        calibrate(LSTMOptimizer(), [], total_steps=2)
+
+
+def test_one_stream_meta_optimizers_train_on_the_same_tasks() -> None:
+    torch.manual_seed(0)
+    optimizer = LSTMOptimizer.serban2020()
+    before = [p.detach().clone() for p in optimizer.parameters()]
+    paper = asdict(MetaTrainingSettings.serban2020(iterations=2))
+    trained = meta_train(optimizer, digit_task, **paper, report=lambda i, loss: None)
+    assert len(trained.losses) == 2
+    assert any(not torch.equal(a, b) for a, b in zip(before, optimizer.parameters(), strict=True))

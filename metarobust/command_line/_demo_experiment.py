@@ -40,6 +40,7 @@ TARGETS: dict[str, Callable[[], nn.Module]] = {"mlp": partial(mlp, [64, 128, 10]
 TARGET_NAMES = {"mlp": "MLP 64-128-10", "cnn": "CNN 8-16"}
 
 LEARNED = ("lstm", "lstm_one_stream", "control")
+ABLATIONS = ("uncalibrated", "first_order")
 METHODS = (*LEARNED, "factor_rule", "adam", "sgd_momentum", "pgd_adversarial_training")
 LEARNING_RATES = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -60,8 +61,8 @@ class DemoSettings:
     seed: int = 0
     total_steps: int = 200
     target_examples: int = 100
-    calibration_first: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
-    calibration_others: tuple[float, ...] = (0.0, 0.15)
+    calibration_first: tuple[float, ...] = (0.0, 0.75, 1.5, 2.25, 3.0)
+    calibration_others: tuple[float, ...] = (0.0, 0.15, 0.3)
     curve_steps: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
 
 
@@ -110,7 +111,7 @@ def meta_task(
 
 
 def meta_train_variant(settings: DemoSettings, variant: str, path: Path, report: Callable[[int, float], None]) -> list[float]:
-    """Meta-train one of the :data:`LEARNED` variants, calibrate it, save it to ``path``, and return its meta-losses.
+    """Meta-train one of the :data:`LEARNED` variants or :data:`ABLATIONS`, save it to ``path``, and return its meta-losses.
 
     The control is judged on clean examples throughout, in meta-training and in calibration.
     """
@@ -122,15 +123,16 @@ def meta_train_variant(settings: DemoSettings, variant: str, path: Path, report:
         partial(sample_meta_task, settings, attack),
         iterations=settings.iterations,
         total_steps=settings.total_steps,
+        second_order=variant != "first_order",
         seed=settings.seed,
         report=report,
     )
-    if trained.meta_optimizer.two_streams:
+    if trained.meta_optimizer.two_streams and variant != "uncalibrated":
         generator = torch.Generator().manual_seed(settings.seed + 1)
         judge = None if variant == "control" else PGD(threat_model=THREAT_MODEL, steps=10)
         calibrate(
             trained.meta_optimizer,
-            [meta_task(settings, name, settings.target_examples, judge, generator, copies=8) for name in META_ARCHITECTURES],
+            [meta_task(settings, name, settings.target_examples, judge, generator, copies=6) for name in META_ARCHITECTURES],
             total_steps=settings.total_steps,
             first=settings.calibration_first,
             others=settings.calibration_others,
@@ -155,7 +157,7 @@ def target_task(settings: DemoSettings, target: str, attack: Attack | None = Non
 
 def update_rule(settings: DemoSettings, method: str, learning_rate: float | None, path: Path | None) -> GradientTransformation:
     """The rule that moves the parameters under ``method``; the learned ones are loaded from their files."""
-    if method in LEARNED:
+    if method in LEARNED + ABLATIONS:
         assert path is not None
         rule = load(path)
         learned = rule.as_gradient_transformation(total_steps=settings.total_steps, stacked=True)

@@ -113,9 +113,8 @@ def print_report(report: dict[str, Any], out: Path) -> None:
         print("quick run: a smoke test, not evidence")
     names = " and ".join(experiment.TARGET_NAMES.values())
     print(f"targets {names}: unseen in meta-training, {settings['target_examples']} training examples,")
-    print(
-        f"{settings['total_steps']} steps, {settings['seeds']} seeds; judged on test digits by {', '.join(settings['evaluation_attacks'])}"
-    )
+    attacks = ", ".join(settings["evaluation_attacks"])
+    print(f"{settings['total_steps']} steps, {settings['seeds']} seeds; judged on test digits by {attacks}")
     table = Table()
     table.add_column("trained by", no_wrap=True)
     for target in experiment.TARGETS:

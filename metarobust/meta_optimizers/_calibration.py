@@ -45,8 +45,8 @@ def calibrate(
     tasks: Sequence[ClassificationTask],
     *,
     total_steps: int,
-    first: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    others: Sequence[float] = (0.0, 0.1, 0.2),
+    first: Sequence[float] = (0.0, 0.75, 1.5, 2.25, 3.0),
+    others: Sequence[float] = (0.0, 0.15, 0.3),
     seed: int = 0,
 ) -> Calibration:
     r"""Choose constant offsets of the factor coefficients by whole training runs on validation tasks.
@@ -62,7 +62,8 @@ def calibrate(
         meta_optimizer: reads two streams.
         tasks: tasks that neither meta-training nor deployment uses; all pairs see the same tasks and the same randomness.
         total_steps: optimizee steps of a run, as in deployment.
-        first: offsets tried for the first layer's coefficient; 0 should be among them.
+        first: offsets tried for the first layer's coefficient, in multiples of epsilon; 0 should be among them, and a choice at
+            the far end asks for a wider range.
         others: offsets tried for the other layers' coefficient.
         seed: of the runs.
 

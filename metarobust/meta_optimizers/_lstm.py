@@ -131,7 +131,10 @@ class LSTMOptimizer(nn.Module):
 
     @classmethod
     def serban2020(cls) -> Self:
-        """The network of the paper's code: two cells of 20 units, features ``[20 g, clamp(g e^20)]``, update 0.01 * output."""
+        """The network of the paper's code: two cells of 20 units, features ``[20 g, clamp(g e^20)]``, update 0.01 * output.
+
+        Its training schedule is ``MetaTrainingSettings.serban2020``.
+        """
         return cls(
             gradient_source="gradient",
             hidden_size=20,

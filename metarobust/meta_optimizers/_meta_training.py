@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torchopt
@@ -39,6 +39,20 @@ class MetaTrainingSettings:
     meta_loss_every: int
     second_order: bool
     seed: int
+
+    @classmethod
+    def serban2020(cls, *, iterations: int) -> Self:
+        """The schedule of the paper's code: T = 480, K = 20, every step's loss with equal weight, first order, Adam at 0.01.
+
+        Pass it on as ``meta_train(LSTMOptimizer.serban2020(), sample_task, **asdict(settings))``, with tasks whose
+        ``training_attack`` and ``meta_attack`` are the same. Not reproduced: examples crafted on the weights at the start of
+        each unroll, one batch for both losses, the extra clean loss at the end of an unroll, and the constant meta learning
+        rate (ours decays to zero).
+        """
+        return cls(
+            iterations=iterations, total_steps=480, unroll=20, slots=1, learning_rate=1e-2, gradient_clip=1e6, loss_cap=1e6,
+            late_weight=0.0, meta_loss_every=1, second_order=False, seed=0,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("iterations", "total_steps", "unroll", "slots", "meta_loss_every"):

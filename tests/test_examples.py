@@ -1,0 +1,42 @@
+"""Examples and the README's library example run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_example_runs_quickly_and_is_short(example: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(example), "--quick"],
+        capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "robust" in done.stdout
+    assert len(example.read_text().splitlines()) <= 150
+
+
+def test_readme_library_example_prints_what_it_says(tmp_path: Path) -> None:
+    """The first python block of the README gives the first text block; seconds are left out, they vary."""
+    readme = (ROOT / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    shown = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)[0]
+    assert len(code.strip().splitlines()) <= 20
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + code],
+        capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = ("clean", "pgd-100x3", "margin-pgd-100x3")
+    for word in words:
+        promised, found = (re.search(rf"│ {word} +│ +([0-9.]+)", text) for text in (shown, done.stdout))
+        assert promised is not None, word
+        assert found is not None, word
+        assert float(found.group(1)) == pytest.approx(float(promised.group(1)), abs=0.02), word

@@ -1,0 +1,62 @@
+"""The same numbers on a GPU, up to its arithmetic; run with ``uv run pytest -m gpu``."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metarobust.attacks import PGD
+from metarobust.evaluation import evaluate
+from metarobust.meta_optimizers import LSTMOptimizer, factor_gradients, record_factors
+from metarobust.models import cnn
+from metarobust.threat_models import ThreatModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+THREAT_MODEL = ThreatModel(norm="linf", epsilon=0.1)
+
+
+def setting() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return cnn([4, 8]).eval(), torch.rand(16, 1, 8, 8), torch.randint(10, (16,))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_noise_is_the_same_on_every_device(norm: str) -> None:
+    x = torch.rand(5, 1, 8, 8)
+    threat_model = ThreatModel(norm=norm, epsilon=0.5)
+    host = threat_model.sample(x, generator=torch.Generator().manual_seed(0))
+    device = threat_model.sample(x.cuda(), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(device.cpu(), host, rtol=1e-5, atol=1e-6)
+
+
+def test_attack_factors_and_evaluation_agree_with_the_cpu() -> None:
+    model, x, y = setting()
+    device_model = copy.deepcopy(model).cuda()
+    attack = PGD(threat_model=THREAT_MODEL, steps=1)
+    host = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+    device = attack(device_model, x.cuda(), y.cuda(), generator=torch.Generator().manual_seed(0))
+    assert device.is_cuda
+    assert ((device.cpu() - host).abs() < 1e-5).float().mean() > 0.99, "single signs may flip at zero gradients"
+    found = factor_gradients(device_model, lambda: F.cross_entropy(device_model(x.cuda()), y.cuda()), threat_model=THREAT_MODEL)
+    expected = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=THREAT_MODEL)
+    for a, b in zip(found.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-5)
+    report = evaluate(device_model, (x, y), threat_model=THREAT_MODEL, protocol="quick")
+    assert report.worst_case_accuracy <= report.clean_accuracy
+
+
+def test_learned_optimizer_trains_on_the_device() -> None:
+    model, x, y = setting()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    optimizer = LSTMOptimizer().cuda().torch_optimizer(model.parameters(), total_steps=20)
+    before = F.cross_entropy(model(x), y).item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        with record_factors(model, threat_model=THREAT_MODEL) as recorder:
+            recorder.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+    assert F.cross_entropy(model(x), y).item() < before
