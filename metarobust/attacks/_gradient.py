@@ -65,6 +65,9 @@ class PGD:
         loss: ``"cross_entropy"``, ``"margin"``, or a callable ``(logits, y) -> [batch]``.
         direction: ``"adversary"`` raises the loss, ``"anti_adversary"`` lowers it.
 
+    A call takes ``generator``, a CPU generator that random starts are drawn from; without one they come from torch's global
+    generator, like any ``torch.rand``.
+
     Raises:
         ValueError: on a call, for inputs outside the box or labels outside the classes.
         TypeError: on a call, for inputs or labels of the wrong dtype.
