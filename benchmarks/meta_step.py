@@ -87,7 +87,9 @@ def meta_step(rounds: int) -> dict[str, Any]:
                 total = total + losses(params, moved.reshape(fresh_x.shape), fresh_y).mean()
         return torch.autograd.grad(total, parameters, allow_unused=True)
 
-    shapes = [p.shape for p in models[0].parameters()]
+    # TorchOpt hands over a module's parameters sorted by name: the bias before its weight.
+    ordered = sorted(models[0].named_parameters(), key=lambda entry: (entry[0].split(".")[0], entry[0]))
+    shapes = [p.shape for _, p in ordered]
 
     def loop() -> tuple[Tensor, ...]:
         total = torch.zeros(())

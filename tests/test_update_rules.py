@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchopt
-from torch import Tensor
+from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
 from metarobust.meta_optimizers import LSTMOptimizer, combine_factors, gradients_only, load, record_factors, save
+from metarobust.meta_optimizers._layout import ROLES, tensor_roles
 from metarobust.models import mlp
 from metarobust.types import Streams
 
@@ -337,3 +338,63 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
         save(broken, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["optimizer.safetensors"]
+
+
+LAYER_ORDERS = {
+    "plain": [nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2)],
+    "convolutions with normalisation": [
+        nn.Conv2d(1, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Conv2d(4, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Linear(4, 2),
+    ],
+    "no bias before normalisation": [
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.GroupNorm(2, 4),
+        nn.Linear(4, 4, bias=False),
+        nn.Linear(4, 4),
+    ],
+}
+
+
+@pytest.mark.parametrize("layers", LAYER_ORDERS.values(), ids=LAYER_ORDERS.keys())
+def test_roles_are_the_same_in_every_interface(layers: list[nn.Module]) -> None:
+    """By PyTorch's order (weight, bias) and by TorchOpt's sorted one (bias, weight), against the layers' types."""
+    expected, listed, by_name = [], [], []
+    for place, layer in enumerate(layers):
+        for name, p in layer.named_parameters():
+            if isinstance(layer, nn.GroupNorm):
+                role = "normalisation"
+            elif name == "bias":
+                role = "bias"
+            else:
+                where = "first" if place == 0 else "last" if place == len(layers) - 1 else "inner"
+                role = f"{where} {'dense' if isinstance(layer, nn.Linear) else 'convolution'}"
+            expected.append((place, name, role, p.shape))
+    listed = [ROLES[r.role] for r in tensor_roles([shape for *_, shape in expected])]
+    assert listed == [role for *_, role, _ in expected]
+    ordered = sorted(expected, key=lambda entry: (entry[0], entry[1]))
+    by_name = [ROLES[r.role] for r in tensor_roles([shape for *_, shape in ordered])]
+    assert by_name == [role for *_, role, _ in ordered]
+
+
+def test_meta_optimizer_of_torchopt_moves_like_torch_optimizer() -> None:
+    torch.manual_seed(0)
+    learned = LSTMOptimizer(gradient_source="gradient")
+    with torch.no_grad():
+        learned.log_learning_rate.copy_(torch.randn(len(ROLES), 3))  # type: ignore[union-attr]
+    x, y = torch.rand(6, 4), torch.randint(2, (6,))
+    model = mlp([4, 3, 3, 2])
+    twin = copy.deepcopy(model)
+    meta = torchopt.MetaOptimizer(twin, learned.as_gradient_transformation(total_steps=5))
+    optimizer = learned.torch_optimizer(model.parameters(), total_steps=5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        meta.step(F.cross_entropy(twin(x), y))
+    for layer, other in zip(model, twin, strict=True):
+        if isinstance(layer, nn.Linear):
+            torch.testing.assert_close(layer.weight, other.weight)
+            torch.testing.assert_close(layer.bias, other.bias)

@@ -128,32 +128,34 @@ def _check(attack: FGSM | PGD) -> None:
 
 
 def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tensor, *, steps: int, step_size: float) -> Tensor:
-    """``steps`` projected steps from ``start``; the summed loss decouples the rows, so one backward pass serves them all."""
+    """``steps`` projected steps from ``start``; the sum of losses decouples the rows, so one backward pass serves all."""
     record_call(len(x))
     threat_model, loss = attack.threat_model, loss_function(attack.loss)
     if len(x) == 0 or threat_model.epsilon == 0:
         return x.clone()
     signed_step = step_size if attack.direction == "adversary" else -step_size
     lowest, highest = threat_model.bounds(x) if threat_model.norm == "linf" else (x, x)
-    x_adv = start
+    x_adv = start.clone()
     with torch.enable_grad(), buffers_kept(model):
         for step in range(steps):
-            x_adv = x_adv.detach().requires_grad_()
-            logits = model(x_adv)
+            leaf = x_adv.detach().requires_grad_()
+            logits = model(leaf)
             if step == 0:
                 labels(y, examples=len(x), classes=logits.shape[-1])
-            gradient = _input_gradient(loss(logits, y).sum(), x_adv)
-            if threat_model.norm == "linf":  # the direction and the projection, fused and in place
-                moved = gradient.sign().mul_(signed_step).add_(x_adv.detach())
-                x_adv = torch.minimum(torch.maximum(moved, lowest, out=moved), highest, out=moved)
+            gradient = _input_gradient(loss(logits, y), leaf)
+            if threat_model.norm == "linf":  # direction and projection, fused and in place
+                x_adv.add_(gradient.sign(), alpha=signed_step).clamp_(lowest, highest)
             else:
-                direction = threat_model.ascent_direction(gradient if signed_step > 0 else -gradient, x_adv.detach())
-                x_adv = threat_model.project(x_adv.detach() + step_size * direction, x)
-    return x_adv.detach()
+                direction = threat_model.ascent_direction(gradient if signed_step > 0 else -gradient, x_adv)
+                x_adv = threat_model.project(x_adv + step_size * direction, x)
+    return x_adv
 
 
-def _input_gradient(loss: Tensor, x: Tensor) -> Tensor:
-    gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
+def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the summed losses by x, without forming the sum."""
+    gradient = None
+    if losses.requires_grad:
+        (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses), allow_unused=True)
     if gradient is None:
         raise ValueError(
             "the model's logits must depend differentiably on x, got logits without a gradient; "

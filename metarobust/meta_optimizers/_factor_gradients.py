@@ -122,8 +122,7 @@ class FactorRecorder:
                 index = place.get(id(call.weight))
                 if index is None or input_gradient is None or output_gradient is None:
                     continue
-                worst = self._worst_case_factor(call, input_gradient)
-                h = _weight_gradient(call, worst, output_gradient)
+                h = self._perturbed(call, input_gradient, output_gradient)
                 before = perturbed[index]
                 perturbed[index] = h if before is None else before + h  # a shared weight sums its calls
         return FactorGradients(
@@ -140,14 +139,22 @@ class FactorRecorder:
             p.grad = g if p.grad is None else p.grad + g
             earlier = getattr(p, "perturbed_factor_grad", None)
             # A fresh step (after zero_grad) starts a fresh second stream too.
-            fresh = earlier is None or p.grad is g
-            cast("Any", p).perturbed_factor_grad = h if fresh else earlier + h
+            if earlier is not None and p.grad is not g:
+                h = earlier + h
+            cast("Any", p).perturbed_factor_grad = h
 
-    def _worst_case_factor(self, call: _LayerCall, gradient: Tensor) -> Tensor:
-        threat_model, inputs = self.threat_model, call.inputs
-        if not call.first:
-            direction = threat_model.ascent_direction(gradient)
-            return direction * _activation_scale(inputs, threat_model.norm, getattr(call.layer, "copies", 1))
+    def _perturbed(self, call: _LayerCall, input_gradient: Tensor, output_gradient: Tensor) -> Tensor:
+        """The weight gradient of one call with its input factor replaced by the worst case."""
+        if call.first:
+            return _weight_gradient(call, self._worst_case_of_input(call, input_gradient), output_gradient)
+        direction = self.threat_model.ascent_direction(input_gradient)
+        # The activation scale is one number per copy: it is cheaper on the weight gradient than on the activations.
+        scale = _activation_scale(call.inputs, self.threat_model.norm, getattr(call.layer, "copies", 1))
+        h = _weight_gradient(call, direction, output_gradient)
+        return h * (per_example(scale, h) if len(scale) > 1 else scale)
+
+    def _worst_case_of_input(self, call: _LayerCall, gradient: Tensor) -> Tensor:
+        inputs = call.inputs
         if call.normalize is None:
             return self._worst_move(inputs, gradient)
         normalize, shape = call.normalize
@@ -163,15 +170,16 @@ class FactorRecorder:
 
     def _worst_move(self, x: Tensor, gradient: Tensor) -> Tensor:
         """First-order worst case in the input: an epsilon step of steepest ascent, stopped by the box."""
-        move = self.threat_model.epsilon * self.threat_model.ascent_direction(gradient)
-        return (x.detach() + move).clamp(self.threat_model.lower, self.threat_model.upper) - x.detach()
+        threat_model, x = self.threat_model, x.detach()
+        moved = torch.add(x, threat_model.ascent_direction(gradient), alpha=threat_model.epsilon)
+        return moved.clamp_(threat_model.lower, threat_model.upper).sub_(x)
 
 
 def _activation_scale(inputs: Tensor, norm: str, copies: int) -> Tensor:
-    """Mean size of a layer's input, per copy: mean absolute entry (l_inf) or mean length per example (l2)."""
-    size = norms(inputs, "l1") / max(1, inputs[:1].numel()) if norm == "linf" else norms(inputs, "l2")
-    scale = size.reshape(copies, -1).mean(1).repeat_interleave(len(inputs) // copies)
-    return per_example(scale, inputs)
+    """Mean size of a layer's input, ``[copies]``: mean absolute entry (l_inf) or mean length per example (l2)."""
+    if norm == "linf":
+        return norms(inputs.reshape(copies, -1), "l1") / max(1, inputs.numel() // copies)
+    return norms(inputs, "l2").reshape(copies, -1).mean(1)
 
 
 def _weight_gradient(call: _LayerCall, inputs: Tensor, output_gradients: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ ROLES = (
     "bias", "normalisation",
 )  # fmt: skip
 
+BIAS, NORMALISATION = ROLES.index("bias"), ROLES.index("normalisation")
+
 
 class TensorRole(NamedTuple):
     """What a parameter tensor is for: ``role`` indexes :data:`ROLES`; ``fan_in`` is the number of inputs of one output."""
@@ -24,23 +26,28 @@ class TensorRole(NamedTuple):
 def tensor_roles(shapes: Sequence[torch.Size]) -> list[TensorRole]:
     """Roles from shapes and positions alone, because TorchOpt hands over a flat tuple of tensors without names.
 
-    Tensors of two axes are dense weights, of three and more convolutions. A vector is the bias of the weight before it when it
-    directly follows it and their lengths agree, else it belongs to a normalisation layer.
+    Tensors of two axes are dense weights, of three and more convolutions. Vectors are biases or belong to normalisation layers,
+    which come with a gain and a shift: of the vectors between two weights, an odd one out whose length fits is a bias. PyTorch
+    lists a bias after its weight, TorchOpt's ``MetaOptimizer`` (which sorts by name) before it; the first tensor tells which.
 
     Example:
         >>> [ROLES[t.role] for t in tensor_roles([torch.Size([8, 4]), torch.Size([8]), torch.Size([2, 8])])]
         ['first dense', 'bias', 'last dense']
     """
     weights = [i for i, shape in enumerate(shapes) if len(shape) >= 2]
-    roles = []
-    for i, shape in enumerate(shapes):
-        if len(shape) >= 2:
-            place = 0 if i == weights[0] else 2 if i == weights[-1] else 1
-            roles.append(TensorRole(place + (0 if len(shape) == 2 else 3), shape[1:].numel()))
-        elif i and len(shapes[i - 1]) >= 2 and len(shape) == 1 and shape[0] == shapes[i - 1][0]:
-            roles.append(TensorRole(6, shapes[i - 1][1:].numel()))
+    roles = [TensorRole(NORMALISATION, 1)] * len(shapes)
+    for order, i in enumerate(weights):
+        place = 0 if order == 0 else 2 if order == len(weights) - 1 else 1
+        roles[i] = TensorRole(place + (0 if len(shapes[i]) == 2 else 3), shapes[i][1:].numel())
+    bias_first = len(weights) > 0 and weights[0] % 2 == 1 and shapes[weights[0] - 1][0] == shapes[weights[0]][0]
+    for order, i in enumerate(weights):
+        if bias_first:
+            begin, end = (weights[order - 1] + 1 if order else 0), i
         else:
-            roles.append(TensorRole(7, 1))
+            begin, end = i + 1, (weights[order + 1] if order + 1 < len(weights) else len(shapes))
+        bias = end - 1 if bias_first else begin
+        if (end - begin) % 2 == 1 and shapes[bias][0] == shapes[i][0]:
+            roles[bias] = TensorRole(BIAS, shapes[i][1:].numel())
     return roles
 
 
