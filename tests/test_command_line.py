@@ -102,6 +102,6 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
     with safe_open(out / "meta_optimizer.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["metarobust_header"])
     assert header["settings"]["gradient_source"] == "gradient+perturbed_factors"
-    assert header["record"]["meta_training"]["iterations"] == 30
+    assert header["record"]["meta_training"]["iterations"] == 24
     optimizer = load(out / "meta_optimizer.safetensors").torch_optimizer(mlp([4, 3, 2]).parameters(), total_steps=5)
     assert isinstance(optimizer, torch.optim.Optimizer)

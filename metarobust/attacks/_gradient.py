@@ -106,8 +106,10 @@ class PGD:
         """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
         x, y = checked(self.threat_model, x, y)
         step_size = 2.5 * self.threat_model.epsilon / self.steps if self.step_size is None else self.step_size
-        rows = repeat(x, "batch ... -> (restarts batch) ...", restarts=self.restarts)
-        targets = repeat(y, "batch -> (restarts batch)", restarts=self.restarts)
+        rows, targets = x, y
+        if self.restarts > 1:
+            rows = repeat(x, "batch ... -> (restarts batch) ...", restarts=self.restarts)
+            targets = repeat(y, "batch -> (restarts batch)", restarts=self.restarts)
         start = self.threat_model.sample(rows, generator=generator) if self.random_start else rows
         moved = _ascend(self, model, rows, targets, start, steps=self.steps, step_size=step_size)
         if self.restarts == 1:
@@ -152,10 +154,7 @@ def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tenso
 
 
 def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
-    """Gradient of the summed losses by x, without forming the sum."""
-    gradient = None
-    if losses.requires_grad:
-        (gradient,) = torch.autograd.grad(losses, x, torch.ones_like(losses), allow_unused=True)
+    gradient = torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
     if gradient is None:
         raise ValueError(
             "the model's logits must depend differentiably on x, got logits without a gradient; "

@@ -70,13 +70,14 @@ def demo_settings(*, quick: bool, seed: int) -> DemoSettings:
     """The default settings, or the quick ones."""
     if quick:
         return DemoSettings(
-            iterations=30,
+            iterations=24,
+            total_steps=100,
             seeds=3,
             protocol="quick",
             seed=seed,
             calibration_first=(0.0, 1.0),
             calibration_others=(0.0,),
-            curve_steps=(0, 50, 200),
+            curve_steps=(0, 25, 50, 100),
         )
     return DemoSettings(seed=seed)
 
