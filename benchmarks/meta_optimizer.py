@@ -1,10 +1,10 @@
-"""Which parts of the meta-optimizer matter: ablations, judged on the validation split, never on test.
+"""Which parts of the meta-optimizer matter: ablations on a split of the digits of their own (seeds from 100 on).
 
     uv run python -m benchmarks.meta_optimizer [--iterations 300] [--meta-seeds 2] [--out results]
 
 Rows: the full recipe; without calibration; with first-order meta-gradients; with one stream; with a clean meta-loss; the
 hand-set factor rule. Accuracy under two PGD-20 attacks of the two unseen demo architectures after 200 steps on 100 examples,
-on the part of the target pool that was not trained on; mean and spread over target seeds, per meta-seed.
+on the part of that split's target pool that was not trained on; mean and spread over target seeds, per meta-seed.
 """
 
 import argparse
@@ -34,7 +34,6 @@ def main() -> None:
     results = []
     for row in ROWS:
         for seed in range(arguments.meta_seeds if row != "factor_rule" else 1):
-            # Target subsets and starts that no demo run uses.
             settings = replace(experiment.demo_settings(quick=False, seed=seed + 100), iterations=arguments.iterations, seeds=8)
             begin = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     suffix, because some writers (matplotlib) choose the format by it.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder at {path.parent} to write {path.name} to; make it first")
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)

@@ -53,8 +53,8 @@ class PGD:
 
     Maximises the per-example loss over the threat model's ball and box; ``direction="anti_adversary"`` minimises it
     (Zhou et al., 2023). The model is called in the mode it is in, on ``restarts * batch`` rows at once. With one restart the
-    last iterate is the result, after exactly ``steps`` forward-backward passes; with several, one more forward pass picks the
-    best last iterate per example.
+    last iterate is the result, after exactly ``steps`` forward-backward passes; with several, one more forward pass picks,
+    per example, the last iterate that fools the model, and among several the one of the largest loss.
 
     Args:
         threat_model: ball and box, in input units.
@@ -115,9 +115,13 @@ class PGD:
         if self.restarts == 1:
             return moved
         with torch.no_grad(), buffers_kept(model):
-            reached = loss_function(self.loss)(model(moved), targets)
-        reached = rearrange(reached, "(restarts batch) -> restarts batch", restarts=self.restarts)
-        best = (reached if self.direction == "adversary" else -reached).argmax(0)
+            logits = model(moved)
+            reached, wrong = loss_function(self.loss)(logits, targets), logits.argmax(1) != targets
+        if self.direction == "anti_adversary":
+            reached, wrong = -reached, ~wrong
+        # Success first, loss second: a restart that flips the prediction beats one with a larger loss that does not.
+        rank = reached.argsort().argsort() + wrong * len(reached)
+        best = rearrange(rank, "(restarts batch) -> restarts batch", restarts=self.restarts).argmax(0)
         moved = rearrange(moved, "(restarts batch) ... -> restarts batch ...", restarts=self.restarts)
         return moved[best, torch.arange(len(x), device=x.device)]
 

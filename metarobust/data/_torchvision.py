@@ -43,6 +43,8 @@ def load(name: str, *, train: bool, root: str | Path | None = None, download: bo
         >>> load("digits", train=False)
         LabelledImages(images=float32 [697, 1, 8, 8] on cpu, num_classes=10)
     """
+    if not isinstance(train, bool):
+        raise TypeError(message("train", "True or False", repr(train)))
     if name == "digits":
         train_and_test = (sum(POOL_SIZES[:2]), POOL_SIZES[2])
         training, test = split(load_digits(), train_and_test, generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarobust import __version__
@@ -57,6 +58,10 @@ def evaluate(
     if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
         raise ValueError(message("model", "in evaluation mode", "a model in training mode", "write model.eval()"))
     integer("batch_size", batch_size, least=1)
+    if not isinstance(threat_model, ThreatModel):
+        raise TypeError(message("threat_model", "a ThreatModel", repr(threat_model)))
+    if attacks is not None and not isinstance(attacks, Mapping):
+        raise TypeError(message("attacks", "a mapping from names to attacks", type(attacks).__name__, "write {'pgd': attack}"))
     x, y = _as_tensors(data)
     images(x, lower=threat_model.lower, upper=threat_model.upper)
     labels(y, examples=len(x))
@@ -91,7 +96,7 @@ def evaluate(
         threat_model=repr(threat_model),
         attacks={name: repr(attack) for name, attack in chosen.items()},
         seconds=seconds,
-        warnings=(),
+        warnings=_doubts(model, x[:batch_size].to(device), y[:batch_size].to(device)),
         versions={"metarobust": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     )
 
@@ -99,11 +104,31 @@ def evaluate(
 def _as_tensors(data: Any) -> tuple[Tensor, Tensor]:
     if isinstance(data, LabelledImages):
         return data.images, data.labels
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return cast("tuple[Tensor, Tensor]", data)
-    batches = [(batch[0], batch[1]) for batch in data]
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return cast("tuple[Tensor, Tensor]", tuple(data))
+    remedy = "for arrays write torch.from_numpy; for a data set write DataLoader(dataset, batch_size=1000)"
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(message("data", "a pair (x, y) of tensors or a DataLoader", type(data).__name__, remedy))
+    batches = [(batch[0], batch[1]) for batch in data if isinstance(batch, (tuple, list)) and len(batch) >= 2]
+    if any(not isinstance(part, Tensor) or part.dim() == 0 for batch in batches for part in batch):
+        raise TypeError(message("data", "a pair (x, y) of tensors or a DataLoader", "batches of something else", remedy))
     require(len(batches) > 0, "data", "at least one batch", "none")
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def _doubts(model: Model, x: Tensor, y: Tensor) -> tuple[str, ...]:
+    """Reasons why gradient attacks may mislead: examples whose cross-entropy has no input gradient at all."""
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        loss = F.cross_entropy(model(leaf), y, reduction="sum")
+        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    silent = 1.0 if gradient is None else (gradient.flatten(1).abs().amax(1) == 0).float().mean().item()
+    if silent <= 0.01:
+        return ()
+    return (
+        f"{silent:.0%} of the examples have a cross-entropy without any input gradient, so attacks on it stand still there; "
+        "trust the margin attacks of protocol='strong', or divide the logits by a constant",
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchopt import apply_updates
 from torchopt.base import GradientTransformation
 
-from metarobust._checks import integer, require
+from metarobust._checks import finite, integer, require
 from metarobust.meta_optimizers._lstm import LSTMOptimizer
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.types import Task
@@ -73,20 +73,26 @@ def calibrate(
     require(meta_optimizer.two_streams, "meta_optimizer", "one that reads two streams", "one that reads the gradient alone")
     require(len(tasks) > 0, "tasks", "at least one task", "none")
     integer("total_steps", total_steps, least=1)
+    for name, offsets in (("first", first), ("others", others)):
+        require(len(offsets) > 0, name, "at least one offset", "none")
+        for offset in offsets:
+            finite(name, offset)
     assert meta_optimizer.factor_coefficient is not None
     start = meta_optimizer.factor_coefficient.detach().clone()
     found: dict[tuple[float, float], Tensor] = {}
-    for pair in product(first, others):
-        meta_optimizer.shift_factor_coefficients(first=pair[0], others=pair[1])
-        rule = meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
-        accuracies = []
-        for number, task in enumerate(tasks):
-            generator = torch.Generator().manual_seed(seed + number)
-            final = train_optimizees(task, rule, total_steps=total_steps, generator=generator)[total_steps]
-            accuracies.append(task.meta_accuracy(final, generator=generator))
-        found[pair] = torch.cat(accuracies)
-        with torch.no_grad():
-            meta_optimizer.factor_coefficient.copy_(start)
+    try:
+        for pair in product(first, others):
+            meta_optimizer.shift_factor_coefficients(first=pair[0], others=pair[1])
+            rule = meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
+            accuracies = []
+            for number, task in enumerate(tasks):
+                generator = torch.Generator().manual_seed(seed + number)
+                final = train_optimizees(task, rule, total_steps=total_steps, generator=generator)[total_steps]
+                accuracies.append(task.meta_accuracy(final, generator=generator))
+            found[pair] = torch.cat(accuracies)
+            meta_optimizer.factor_coefficient.data.copy_(start)
+    finally:  # an interrupt leaves the coefficients as they were
+        meta_optimizer.factor_coefficient.data.copy_(start)
     chosen = smallest_within_noise(found)
     scores = {pair: accuracy.mean().item() for pair, accuracy in found.items()}
     meta_optimizer.shift_factor_coefficients(first=chosen[0], others=chosen[1])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from metarobust._checks import require
+from metarobust._checks import images, message, require
 from metarobust._tensors import norms, per_example
 from metarobust.models import Normalize
 from metarobust.models._stacked import StackedConv2d, StackedLinear, convolution_weight_gradient
@@ -50,7 +50,8 @@ class _LayerCall:
     input_edge: GradientEdge
     output_edge: GradientEdge
     first: bool
-    normalize: tuple[Normalize, torch.Size] | None
+    normalize: Normalize | None
+    normalized_shape: torch.Size
 
 
 class FactorRecorder:
@@ -62,9 +63,12 @@ class FactorRecorder:
     def __init__(self, model: nn.Module, threat_model: ThreatModel) -> None:
         self.model, self.threat_model = model, threat_model
         self._calls: list[_LayerCall] = []
-        self._normalize: tuple[Normalize, torch.Size] | None = None
+        self._normalized: tuple[Normalize, Tensor] | None = None
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args:
+            remedy = "write layer(x) instead of layer(input=x) in the model's forward"
+            raise ValueError(message("layer inputs", "positional", f"keywords alone in {type(layer).__name__}", remedy))
         (inputs, *rest) = args
         if not torch.is_grad_enabled() or inputs.requires_grad:
             return None
@@ -76,6 +80,12 @@ class FactorRecorder:
         if not output.requires_grad or not inputs.requires_grad:
             return
         first = inputs.is_leaf or not self._calls
+        normalize, shape = None, inputs.shape
+        if first and self._normalized is not None:
+            module, normalized = self._normalized
+            # Only a layer that reads the normalised values themselves (a view of them) is perturbed through the layer.
+            if inputs.untyped_storage().data_ptr() == normalized.untyped_storage().data_ptr():
+                normalize, shape = module, normalized.shape
         self._calls.append(
             _LayerCall(
                 layer,
@@ -85,12 +95,13 @@ class FactorRecorder:
                 get_gradient_edge(inputs),
                 get_gradient_edge(output),
                 first,
-                self._normalize if first else None,
+                normalize,
+                shape,
             )
         )
 
     def _after_normalize(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._normalize = (cast("Normalize", layer), output.shape)
+        self._normalized = (cast("Normalize", layer), output)
 
     def gradients(
         self, loss: Tensor, parameters: Sequence[Tensor] | None = None, *, create_graph: bool = False
@@ -136,12 +147,13 @@ class FactorRecorder:
         targets = [p for p in self.model.parameters() if p.requires_grad]
         result = self.gradients(loss, targets)
         for p, g, h in zip(targets, result.gradients, result.perturbed_factor_gradients, strict=True):
+            # The second stream accumulates only onto the very gradient it was filled with: after any kind of zero_grad, or a
+            # plain backward in between, it starts afresh.
+            if belongs_to_gradient(p, unchanged=True):
+                h = cast("Any", p).perturbed_factor_grad + h
             p.grad = g if p.grad is None else p.grad + g
-            earlier = getattr(p, "perturbed_factor_grad", None)
-            # A fresh step (after zero_grad) starts a fresh second stream too.
-            if earlier is not None and p.grad is not g:
-                h = earlier + h
             cast("Any", p).perturbed_factor_grad = h
+            cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model)
 
     def _perturbed(self, call: _LayerCall, input_gradient: Tensor, output_gradient: Tensor) -> Tensor:
         """The weight gradient of one call with its input factor replaced by the worst case."""
@@ -157,11 +169,11 @@ class FactorRecorder:
         inputs = call.inputs
         if call.normalize is None:
             return self._worst_move(inputs, gradient)
-        normalize, shape = call.normalize
+        normalize, shape = call.normalize, call.normalized_shape
         require(
             inputs.numel() == shape.numel(),
             "model",
-            "such that its first layer reads the output of Normalize, reshaped at most",
+            "such that its first layer reads the whole output of Normalize, reshaped at most",
             f"an input of shape {list(inputs.shape)} after Normalize gave {list(shape)}",
         )
         std, mean = (normalize._channels(v, inputs.reshape(shape)) for v in (normalize.std, normalize.mean))
@@ -171,8 +183,18 @@ class FactorRecorder:
     def _worst_move(self, x: Tensor, gradient: Tensor) -> Tensor:
         """First-order worst case in the input: an epsilon step of steepest ascent, stopped by the box."""
         threat_model, x = self.threat_model, x.detach()
+        # A first layer that reads anything but pixels would silently get a meaningless perturbation.
+        images(x, lower=threat_model.lower, upper=threat_model.upper, tolerance=1e-4)
         moved = torch.add(x, threat_model.ascent_direction(gradient), alpha=threat_model.epsilon)
         return moved.clamp_(threat_model.lower, threat_model.upper).sub_(x)
+
+
+def belongs_to_gradient(p: Tensor, *, unchanged: bool = False) -> bool:
+    """Whether the second stream of ``p`` was filled together with its present ``.grad`` (and, if asked, none changed since)."""
+    origin = getattr(p, "perturbed_factor_origin", None)
+    if origin is None or p.grad is None or getattr(p, "perturbed_factor_grad", None) is None:
+        return False
+    return origin[0] is p.grad and (not unchanged or origin[1] == p.grad._version)
 
 
 def _activation_scale(inputs: Tensor, norm: str, copies: int) -> Tensor:
@@ -184,6 +206,8 @@ def _activation_scale(inputs: Tensor, norm: str, copies: int) -> Tensor:
 
 def _weight_gradient(call: _LayerCall, inputs: Tensor, output_gradients: Tensor) -> Tensor:
     layer = call.layer
+    # Under autocast the factors have a lower precision than the weight and may differ from each other.
+    inputs, output_gradients = inputs.to(call.weight.dtype), output_gradients.to(call.weight.dtype)
     if isinstance(layer, (StackedLinear, StackedConv2d)):
         return layer.weight_gradient(inputs, output_gradients)
     if isinstance(layer, nn.Linear):
@@ -209,7 +233,11 @@ def record_factors(model: nn.Module, *, threat_model: ThreatModel | None = None)
 
     Args:
         model: any ``nn.Module`` whose weights sit in Linear or Conv layers (others are passed through).
-        threat_model: norm, epsilon and box of the first layer's perturbation, norm of the others'. Default: l_inf, 8/255.
+        threat_model: norm, epsilon and box of the first layer's perturbation, norm of the others'. A learned optimizer needs
+            the one it was trained with. Default: l_inf, 8/255.
+
+    Raises:
+        ValueError: on ``backward``, the first layer reads values outside the box (put ``Normalize`` first in the model).
 
     Example:
         >>> from metarobust.models import mlp

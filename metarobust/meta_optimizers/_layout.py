@@ -39,16 +39,20 @@ def tensor_roles(shapes: Sequence[torch.Size]) -> list[TensorRole]:
     for order, i in enumerate(weights):
         place = 0 if order == 0 else 2 if order == len(weights) - 1 else 1
         roles[i] = TensorRole(place + (0 if len(shapes[i]) == 2 else 3), shapes[i][1:].numel())
-    bias_first = len(weights) > 0 and weights[0] % 2 == 1 and shapes[weights[0] - 1][0] == shapes[weights[0]][0]
+    bias_first = len(weights) > 0 and weights[0] % 2 == 1 and _length(shapes[weights[0] - 1]) == shapes[weights[0]][0]
     for order, i in enumerate(weights):
         if bias_first:
             begin, end = (weights[order - 1] + 1 if order else 0), i
         else:
             begin, end = i + 1, (weights[order + 1] if order + 1 < len(weights) else len(shapes))
         bias = end - 1 if bias_first else begin
-        if (end - begin) % 2 == 1 and shapes[bias][0] == shapes[i][0]:
+        if (end - begin) % 2 == 1 and _length(shapes[bias]) == shapes[i][0]:
             roles[bias] = TensorRole(BIAS, shapes[i][1:].numel())
     return roles
+
+
+def _length(shape: torch.Size) -> int:
+    return shape[0] if len(shape) == 1 else 0
 
 
 class Layout:

@@ -159,13 +159,11 @@ class LSTMOptimizer(nn.Module):
 
         return transformation(self, total_steps=total_steps, stacked=stacked)
 
-    def torch_optimizer(
-        self, params: Iterable[Any], *, total_steps: int, learning_rate_scale: float = 1.0
-    ) -> torch.optim.Optimizer:
+    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> torch.optim.Optimizer:
         """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
         from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 
-        return LearnedOptimizer(params, self, total_steps=total_steps, lr=learning_rate_scale)
+        return LearnedOptimizer(params, self, total_steps=total_steps, lr=lr)
 
     @torch.no_grad()
     def shift_factor_coefficients(self, *, first: float, others: float) -> None:

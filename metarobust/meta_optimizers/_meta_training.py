@@ -113,13 +113,13 @@ def meta_train(
         meta_optimizer: trained in place.
         sample_task: gives a :class:`metarobust.types.Task`, a pure function of the generator it is handed.
         iterations: meta-updates.
-        total_steps: optimizee steps per task, T; deploy with a similar number.
+        total_steps: optimizee steps per task, T, rounded up to whole unrolls; deploy with a similar number.
         unroll: optimizee steps between two cuts of the graph, K.
         slots: tasks in progress at the same time.
         learning_rate: of the meta-level Adam.
         gradient_clip: largest Euclidean norm of a meta-gradient.
         loss_cap: a meta-loss above this counts as this and gives no gradient.
-        late_weight: a meta-loss at age t has weight ``0.3 + late_weight * t / T``.
+        late_weight: within an unroll, a meta-loss at age t has weight ``0.3 + late_weight * t / T`` over the unroll's sum.
         meta_loss_every: optimizee steps between two evaluations of the meta-loss; the last step of an unroll always counts.
         second_order: differentiate through the optimizee's gradients too (exact). False treats them as constants, as the
             paper's code does: a quarter faster, and markedly worse with two streams.
@@ -147,6 +147,11 @@ def meta_train(
         seed=seed,
     )
     integer("checkpoint_every", checkpoint_every, least=1)
+    if not isinstance(meta_optimizer, LSTMOptimizer) or not callable(sample_task):
+        raise TypeError("meta_train must be given an LSTMOptimizer and a function from a generator to a task")
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise FileNotFoundError(f"no folder at {Path(checkpoint).parent} for the checkpoint; make it first")
+    meta_optimizer.requires_grad_(True)  # `load` gives a frozen one
     run = MetaTrainingRun(meta_optimizer, sample_task, settings)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
@@ -161,6 +166,7 @@ def meta_train(
             if path is not None and (len(run.losses) % checkpoint_every == 0 or len(run.losses) == iterations):
                 save_run(path, run)
     meta_optimizer.record = {"meta_training": asdict(settings), "final_meta_loss": _recent(run.losses)} | {
+        "threat_model": repr(getattr(run.slots[0].task, "threat_model", None)),
         "metarobust": __version__,
         "torch": torch.__version__,
     }
@@ -206,8 +212,8 @@ class MetaTrainingRun:
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise FloatingPointError(
                 f"meta-training must keep its loss and gradient finite, got meta-loss {loss.item():.4g} and gradient norm "
-                f"{norm.item():.4g} in iteration {iteration + 1} (task age {slot.age}); lower learning_rate or unroll, or resume "
-                "from the last checkpoint with another seed"
+                f"{norm.item():.4g} in iteration {iteration + 1} (task age {slot.age}); start a new run with a lower "
+                "learning_rate or unroll, or with another seed"
             )
         factor = min(1.0, settings.gradient_clip / max(norm.item(), 1e-12))
         for p, g in zip(self.parameters, found, strict=True):

@@ -64,6 +64,8 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         slot.age = saved["age"]
         slot.generator.set_state(tensors[f"slot.{i}.generator"])
         leaves, structure = pytree.tree_flatten(cast("Any", (slot.parameters, slot.state)))
+        if f"slot.{i}.{len(leaves)}" in tensors or f"slot.{i}.{len(leaves) - 1}" not in tensors:
+            raise ValueError(f"checkpoint {path} must come from the same tasks, got other tensors; use another path")
         restored = [tensors[f"slot.{i}.{j}"] for j in range(len(leaves))]
         slot.parameters, slot.state = cast("Any", pytree.tree_unflatten(structure, restored))
         run.slots[i] = slot

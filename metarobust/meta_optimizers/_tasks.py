@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metarobust._checks import integer, require
+from metarobust._checks import integer, message, require
 from metarobust._tensors import seeded
 from metarobust.data import LabelledImages
 from metarobust.meta_optimizers._factor_gradients import record_factors
@@ -21,7 +21,7 @@ class ClassificationTask:
     """Copies of one architecture, each trained on its own subset and judged on examples outside of it.
 
     Args:
-        build: makes one freshly initialised model.
+        build: makes one freshly initialised model; it runs in evaluation mode (no dropout).
         dataset: the pool that subsets and judging examples come from.
         subsets: indices of each copy's training examples, ``[optimizees, examples]``.
         threat_model: perturbation of the second stream's factors, see ``factor_gradients``; None leaves the stream out
@@ -47,11 +47,23 @@ class ClassificationTask:
         batch_size: int = 64,
         meta_batch_size: int = 64,
     ) -> None:
+        if threat_model is not None and not isinstance(threat_model, ThreatModel):
+            raise TypeError(message("threat_model", "a ThreatModel or None", repr(threat_model)))
+        if not isinstance(subsets, Tensor) or subsets.dtype != torch.int64:
+            raise TypeError(message("subsets", "an int64 tensor of shape [optimizees, examples]", type(subsets).__name__))
         require(subsets.dim() == 2, "subsets", "of shape [optimizees, examples]", list(subsets.shape))
         integer("batch_size", batch_size, least=1)
         integer("meta_batch_size", meta_batch_size, least=1)
         self.optimizees, self.examples = subsets.shape
         remaining = len(dataset) - self.examples
+        require(
+            bool((subsets >= 0).all()) and bool((subsets < len(dataset)).all()),
+            "subsets",
+            f"indices in [0, {len(dataset)})",
+            "indices outside",
+        )
+        distinct = all(len(row.unique()) == len(row) for row in subsets)
+        require(distinct, "subsets", "such that a copy's examples are distinct", "repeated indices")
         require(remaining > 0, "subsets", f"smaller than the data set (={len(dataset)} examples)", self.examples)
         self.build, self.dataset, self.subsets, self.threat_model = build, dataset, subsets, threat_model
         self.meta_attack, self.training_attack = meta_attack, training_attack
@@ -87,7 +99,8 @@ class ClassificationTask:
             x = self.training_attack(model, x, y, generator=generator)
         if self.threat_model is None:
             losses = self._losses(model, x, y)
-            gradients = torch.autograd.grad(losses.sum(), parameters, create_graph=create_graph)
+            found = torch.autograd.grad(losses.sum(), parameters, create_graph=create_graph, allow_unused=True)
+            gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
             return losses.detach(), Streams(gradients, tuple(torch.zeros_like(g) for g in gradients))
         with record_factors(self._template, threat_model=self.threat_model) as recorder:
             losses = self._losses(model, x, y)

@@ -1,5 +1,6 @@
 """A learned update rule behind the interface of ``torch.optim``."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import finite, integer, message
+from metarobust.meta_optimizers._factor_gradients import belongs_to_gradient
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
+from metarobust.threat_models import ThreatModel
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -42,7 +45,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], meta_optimizer: LSTMOptimizer, *, total_steps: int, lr: float = 1.0) -> None:
         integer("total_steps", total_steps, least=1)
         finite("lr", lr, least=0.0)
-        self.meta_optimizer = meta_optimizer
+        self.meta_optimizer, self._warned = meta_optimizer, False
         super().__init__(params, {"lr": lr, "total_steps": total_steps})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -56,7 +59,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every group; a closure, when given, is run first with gradients enabled."""
-        loss = None
+        loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -68,9 +71,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = group["params"]
         layout = layout_of(tuple(p.shape for p in params), False)
-        g = layout.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-        h = layout.pack([self._second_stream(p) for p in params]) if self.meta_optimizer.two_streams else None
-        rows = layout.pack(params)
+        own = next(self.meta_optimizer.parameters())  # the rule computes in its own precision, whatever the model's
+        g = layout.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).to(own.dtype)
+        h = None
+        if self.meta_optimizer.two_streams:
+            h = layout.pack([self._second_stream(p) for p in params]).to(own.dtype)
+        rows = layout.pack(params).to(own.dtype)
         # The state of a group sits under its first parameter, where `state_dict` of torch.optim looks for it.
         holder = self.state[params[0]]
         if not holder:
@@ -79,22 +85,35 @@ class LearnedOptimizer(torch.optim.Optimizer):
         updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=group["total_steps"])
         holder.update(_to_dict(state))
         for p, update in zip(params, layout.unpack(updates), strict=True):
-            p.add_(update, alpha=group["lr"])
+            p.add_(update.to(p.dtype), alpha=group["lr"])
 
     def _second_stream(self, p: Tensor) -> Tensor:
-        h = getattr(p, "perturbed_factor_grad", None)
-        if h is not None:
-            return h
         if p.grad is None:
             return torch.zeros_like(p)
+        if belongs_to_gradient(p):
+            self._compare_threat_models(cast("Any", p).perturbed_factor_origin[2])
+            return cast("Any", p).perturbed_factor_grad
         raise ValueError(
             message(
                 "parameters",
                 "with a second gradient stream (.perturbed_factor_grad), which this meta-optimizer was trained on",
-                "gradients alone",
+                "gradients that were computed without it",
                 "write `with record_factors(model, threat_model=...) as recorder: recorder.backward(loss)` for the backward pass",
             )
         )
+
+    def _compare_threat_models(self, used: ThreatModel) -> None:
+        trained = self.meta_optimizer.record.get("threat_model")
+        if trained is not None and trained != repr(used) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the meta-optimizer was trained with {trained}, its second stream now comes from {used!r}; pass "
+                "record_factors the threat model of the training unless the difference is meant",
+                stacklevel=4,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
+        return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}
 
 
 def _to_dict(state: LSTMState) -> dict[str, Any]:

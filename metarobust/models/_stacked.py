@@ -132,6 +132,9 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
         True
     """
     require(len(modules) > 0, "modules", "at least one module", "none")
+    names = [name for name, _ in modules[0].named_parameters(remove_duplicate=False)]
+    distinct = len(names) == len(list(modules[0].parameters()))
+    require(distinct, "modules", "free of shared parameters", "a parameter used in two places", "train these one by one")
     shapes = [[tuple(p.shape) for p in m.parameters()] for m in modules]
     same = all(repr(m) == repr(modules[0]) and s == shapes[0] for m, s in zip(modules, shapes, strict=True))
     require(same, "modules", "of identical structure", "modules that differ in a layer or a shape")
@@ -139,7 +142,8 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
 
 
 def _stacked(parameters: Sequence[Tensor | None]) -> nn.Parameter:
-    return nn.Parameter(torch.stack([p.detach() for p in parameters if p is not None]))
+    present = [p for p in parameters if p is not None]
+    return nn.Parameter(torch.stack([p.detach() for p in present]), requires_grad=present[0].requires_grad)
 
 
 def _stack(modules: list[nn.Module]) -> nn.Module:
