@@ -556,3 +556,19 @@ def test_every_attack_is_counted_even_when_it_has_nothing_to_do(row, epsilon):
         row.build()(network(), *batch(0), generator=seeded())
     assert counter.calls == 2
     assert counter.examples >= 2
+
+
+def test_a_restart_that_fools_the_model_beats_one_with_a_larger_loss() -> None:
+    """Loss and prediction disagree here by construction: the loss rewards the first pixel, the prediction needs the second."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.zeros(len(x)), x[:, 1] - 0.5], 1) + 0 * x[:, :1]
+
+    def first_pixel(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -logits[:, 1]  # highest where the prediction stays right
+
+    threat_model = ThreatModel(norm="linf", epsilon=0.1)
+    x, y = torch.full((50, 2), 0.5), torch.zeros(50, dtype=torch.int64)
+    attack = PGD(threat_model=threat_model, steps=1, step_size=1e-9, restarts=8, loss=first_pixel)
+    moved = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+    assert (model(moved).argmax(1) != y).float().mean() > 0.9

@@ -126,3 +126,26 @@ def test_bad_input_says_what_to_write(model: Any, data: Any, text: str) -> None:
 def test_unknown_protocol() -> None:
     with pytest.raises(ValueError, match="protocol must be one of 'quick', 'standard', 'strong'"):
         evaluate(two_pixel, leads(0.5), threat_model=THREAT_MODEL, protocol="best")
+
+
+def test_silent_gradients_are_reported() -> None:
+    torch.manual_seed(0)
+    x, y = leads(0.9, 0.8, 0.7, 0.6)
+    report = evaluate(lambda v: 1e4 * v, (x, y), threat_model=THREAT_MODEL, protocol="quick")
+    assert len(report.warnings) == 1
+    assert "without any input gradient" in report.warnings[0]
+    assert evaluate(two_pixel, (x, y), threat_model=THREAT_MODEL, protocol="quick").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"threat_model": "linf"}, "threat_model must be a ThreatModel"),
+        ({"threat_model": THREAT_MODEL, "attacks": [PGD(threat_model=THREAT_MODEL)]}, "write {'pgd': attack}"),
+    ],
+)
+def test_wrong_types(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        evaluate(two_pixel, leads(0.5), **arguments)
+    with pytest.raises(TypeError, match="a pair"):
+        evaluate(two_pixel, torch.zeros(3, 2), threat_model=THREAT_MODEL)

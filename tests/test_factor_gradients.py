@@ -251,3 +251,62 @@ def test_errors_say_what_to_write() -> None:
         factor_gradients(model, lambda: next(model.parameters()).sum())
     with pytest.raises(ValueError, match="'linf' or 'l2' for factor gradients"):
         factor_gradients(model, lambda: loss_of(model, x, y), threat_model=ThreatModel(norm="l1"))
+
+
+def test_first_layer_outside_the_box_is_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp([64, 5, 10]).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner((x - 0.5) / 0.25)
+
+    model, (x, y) = Scaled(), batch()
+    with pytest.raises(ValueError, match="metarobust.models.Normalize"):
+        factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL)
+
+
+def test_normalize_counts_only_for_layers_that_read_it() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Normalize(mean=[0.4], std=[0.3]).double()
+            self.a, self.b = mlp([64, 10]).double(), mlp([64, 10]).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.norm(x)) + self.b(x)
+
+    torch.manual_seed(0)
+    model, (x, y) = Two(), batch()
+    found = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL).perturbed_factor_gradients[2]
+    rows = x.flatten(1).requires_grad_()
+    logits = model.a(model.norm(x)) + rows @ model.b[1].weight.T + model.b[1].bias
+    d, da = torch.autograd.grad(F.cross_entropy(logits, y), (logits, rows))
+    torch.testing.assert_close(found, d.T @ ((rows + 0.1 * da.sign()).clamp(0, 1) - rows))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_second_stream_starts_afresh_after_any_zero_grad(set_to_none: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mlp([64, 5, 10]).double(), batch()
+    expected = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL).perturbed_factor_gradients
+    for _ in range(3):
+        model.zero_grad(set_to_none=set_to_none)
+        with record_factors(model, threat_model=THREAT_MODEL) as recorder:
+            recorder.backward(loss_of(model, x, y))
+    for p, h in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.perturbed_factor_grad, h)  # type: ignore[attr-defined]
+
+
+def test_autocast_forward() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = cnn([3, 4]), batch(dtype=torch.float32)
+    exact = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL)
+    with record_factors(model, threat_model=THREAT_MODEL) as recorder:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, x, y)
+        found = recorder.gradients(loss)
+    assert all(h.dtype == torch.float32 for h in found.perturbed_factor_gradients)
+    difference = (found.perturbed_factor_gradients[0] - exact.perturbed_factor_gradients[0]).norm()
+    assert difference < 0.3 * exact.perturbed_factor_gradients[0].norm()

@@ -15,6 +15,7 @@ from torchopt.base import GradientTransformation
 from metarobust.meta_optimizers import LSTMOptimizer, combine_factors, gradients_only, load, record_factors, save
 from metarobust.meta_optimizers._layout import ROLES, tensor_roles
 from metarobust.models import mlp
+from metarobust.threat_models import ThreatModel
 from metarobust.types import Streams
 
 
@@ -398,3 +399,39 @@ def test_meta_optimizer_of_torchopt_moves_like_torch_optimizer() -> None:
         if isinstance(layer, nn.Linear):
             torch.testing.assert_close(layer.weight, other.weight)
             torch.testing.assert_close(layer.bias, other.bias)
+
+
+def test_stale_second_stream_is_refused_and_a_foreign_threat_model_warned_of() -> None:
+    torch.manual_seed(0)
+    learned, model, x, y = LSTMOptimizer(), mlp([4, 3, 2]), torch.rand(6, 4), torch.randint(2, (6,))
+    optimizer = learned.torch_optimizer(model.parameters(), total_steps=5)
+    with record_factors(model, threat_model=ThreatModel(epsilon=0.1)) as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    optimizer.step()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match="gradients that were computed without it"):
+        optimizer.step()
+    learned.record["threat_model"] = repr(ThreatModel(epsilon=0.2))
+    optimizer.zero_grad()
+    with record_factors(model, threat_model=ThreatModel(epsilon=0.1)) as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    with pytest.warns(UserWarning, match="was trained with ThreatModel"):
+        optimizer.step()
+    assert copy.deepcopy(optimizer).param_groups[0]["total_steps"] == 5
+
+
+def test_rule_computes_in_its_own_precision() -> None:
+    model = mlp([4, 3, 2]).double()
+    optimizer = LSTMOptimizer().torch_optimizer(model.parameters(), total_steps=5)
+    with record_factors(model) as recorder:
+        recorder.backward(model(torch.rand(5, 4, dtype=torch.float64)).square().mean())
+    optimizer.step()
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+
+
+def test_a_scalar_parameter_has_a_role() -> None:
+    params = (torch.ones(()), torch.ones(3, 4), torch.ones(3))
+    rule = LSTMOptimizer(gradient_source="gradient").as_gradient_transformation(total_steps=5)
+    updates, _ = rule.update(params, rule.init(params), params=params)
+    assert [u.shape for u in updates] == [p.shape for p in params]
