@@ -331,7 +331,7 @@ def test_calibration_scores_every_pair_and_keeps_the_smallest_within_noise() -> 
     assert calibrate(again, tasks, **arguments).scores == chosen.scores, "same tasks, same seeds, same scores"
 
 
-def test_one_standard_error_rule() -> None:
+def test_smallest_offset_within_noise() -> None:
     best = torch.tensor([0.6, 0.7, 0.5, 0.6])
     clear = {(0.0, 0.0): best - 0.1, (0.5, 0.0): best - 0.05, (1.0, 0.0): best}
     assert smallest_within_noise(clear) == (1.0, 0.0), "a constant paired difference is no noise"

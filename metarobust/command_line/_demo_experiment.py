@@ -219,6 +219,7 @@ def run_method(settings: DemoSettings, target: str, method: str, path: Path | No
         "learning_rate": chosen,
         "validation": {str(rate): score for rate, score in scores.items()},
         "attack_calls": during_training.calls,
+        "calibration": load(path).record.get("calibration") if path is not None else None,
         "clean": [report.clean_accuracy for report in reports],
         "robust": [report.worst_case_accuracy for report in reports],
         "attacks": reports[0].attacks,

@@ -73,6 +73,7 @@ def build_report(
             "learning_rates_chosen_on_validation": chosen,
             "validation_robust_accuracy": validation,
             "evaluation_attacks": results[0]["attacks"],
+            "calibration": {r["method"]: r["calibration"] for r in results if r["calibration"] and r["target"] == "mlp"},
             "final_meta_loss": {name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()},
         },
         "attack_calls_on_target": sum(r["attack_calls"] for r in results if r["method"] in experiment.LEARNED),

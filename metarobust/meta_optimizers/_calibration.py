@@ -54,9 +54,9 @@ def calibrate(
     Truncated back-propagation judges a coefficient by what it does within one window, and there a strong second stream costs
     more than it brings; over a whole run the balance is different. This tries every pair of offsets, for the first layer's
     coefficient and for the others', trains each task for ``total_steps`` and scores the accuracy on the task's own judging
-    examples (attacked by the task's ``meta_attack``). Of the pairs that are not worse than the best one by more than a standard
-    error of the paired difference over optimizees, the smallest wins (Breiman et al., 1984, section 3.4.3: differences within
-    noise must not move anything). It is added to the meta-optimizer in place and recorded.
+    examples (attacked by the task's ``meta_attack``). Of the pairs that are not worse than the best one by more than two standard
+    errors of the paired difference over optimizees, the smallest wins: differences within noise must not move anything (after
+    the rule of Breiman et al., 1984, section 3.4.3, with two errors instead of one because the best of many pairs is flattered). It is added to the meta-optimizer in place and recorded.
 
     Args:
         meta_optimizer: reads two streams.
@@ -105,12 +105,12 @@ def calibrate(
 
 
 def smallest_within_noise(found: dict[tuple[float, float], Tensor]) -> tuple[float, float]:
-    """The smallest pair whose mean lies within one standard error (of the paired difference) of the best pair's mean."""
+    """The smallest pair whose mean lies within two standard errors (of the paired difference) of the best pair's mean."""
     best = max(found, key=lambda pair: found[pair].mean().item())
 
     def within(pair: tuple[float, float]) -> bool:
         difference = found[best] - found[pair]
         error = difference.std() / math.sqrt(len(difference)) if len(difference) > 1 else torch.zeros(())
-        return bool(difference.mean() <= error)
+        return bool(difference.mean() <= 2 * error)
 
     return min((pair for pair in found if within(pair)), key=lambda pair: (abs(pair[0]) + abs(pair[1]), pair))
