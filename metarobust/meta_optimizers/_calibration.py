@@ -56,7 +56,8 @@ def calibrate(
     coefficient and for the others', trains each task for ``total_steps`` and scores the accuracy on the task's own judging
     examples (attacked by the task's ``meta_attack``). Of the pairs that are not worse than the best one by more than two standard
     errors of the paired difference over optimizees, the smallest wins: differences within noise must not move anything (after
-    the rule of Breiman et al., 1984, section 3.4.3, with two errors instead of one because the best of many pairs is flattered). It is added to the meta-optimizer in place and recorded.
+    the rule of Breiman et al., 1984, section 3.4.3; two errors, because the best of many pairs is flattered). It is added to the
+    meta-optimizer in place and recorded.
 
     Args:
         meta_optimizer: reads two streams.
