@@ -4,12 +4,12 @@ Claim of the paper: a meta-optimizer trained on adversarial examples carries adv
 regimes, without generating new adversarial examples. In this library the knowledge travels in a second gradient stream, the
 perturbed-factor gradient of clean examples; gradients alone carry only a regulariser (see docs/papers/meta_optimizer.md).
 
-    uv run python examples/serban2020_meta_optimizer.py            # about 2 minutes on 2 cores
+    uv run python examples/serban2020_meta_optimizer.py            # about 3 minutes on 2 cores
     uv run python examples/serban2020_meta_optimizer.py --quick    # a few seconds, smoke test
 
 Expected without --quick, seed 0 (one target, one seed: expect a spread of about 0.03):
-    learned optimizer: EXPECTED_LEARNED
-    Adam, lr 1e-3:     EXPECTED_ADAM
+    learned optimizer: clean 0.917, robust 0.597, 0 attacks
+    Adam, lr 1e-3:     clean 0.908, robust 0.459, 0 attacks
 """
 
 import sys
