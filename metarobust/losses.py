@@ -1,4 +1,7 @@
-"""Losses per example, shape ``[batch]``: what attacks ascend and robust objectives average."""
+"""Losses per example, shape ``[batch]``: what attacks ascend and robust objectives average.
+
+A targeted loss reads a wrong class ``target [batch]`` beside the label and grows as that class overtakes the label.
+"""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -6,11 +9,25 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor
 
-from metarobust._checks import choice
+from metarobust._checks import choice, require
 
-__all__ = ["LOSSES", "Loss", "cross_entropy", "loss_function", "margin"]
+__all__ = [
+    "LOSSES",
+    "TARGETED_LOSSES",
+    "Loss",
+    "TargetedLoss",
+    "cross_entropy",
+    "dlr",
+    "loss_function",
+    "margin",
+    "targeted_cross_entropy",
+    "targeted_dlr",
+    "targeted_loss_function",
+    "targeted_margin",
+]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+TargetedLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -38,7 +55,70 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others.amax(1) - own.squeeze(1)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin}
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    r"""Difference of logits ratio, :math:`-(z_y - \max_{j \ne y} z_j) / (z_{(1)} - z_{(3)})`, at least three classes.
+
+    Invariant to shifting and scaling the logits; :math:`z_{(k)}` is the k-th largest (Croce and Hein, 2020,
+    arXiv 2003.01690, eq. 6). ``logits [batch, classes], y [batch] -> [batch]``; positive exactly when misclassified.
+
+    Raises:
+        ValueError: fewer than three classes.
+
+    Example:
+        >>> dlr(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+        tensor([-0.5000])
+    """
+    require(logits.shape[-1] >= 3, "logits", "of at least 3 classes for the DLR loss", logits.shape[-1], "use loss='margin'")
+    highest = logits.topk(3, dim=1).values
+    return margin(logits, y) / (highest[:, 0] - highest[:, 2] + 1e-12)
+
+
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The target's logit minus the label's: the margin of one wrong class (Robey et al., 2024, arXiv 2306.11035).
+
+    ``logits [batch, classes], y [batch], target [batch] -> [batch]``. Its maximum over the wrong classes is `margin`.
+
+    Example:
+        >>> targeted_margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]), torch.tensor([1]))
+        tensor([-2.])
+    """
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    r"""Targeted DLR, :math:`-(z_y - z_t) / (z_{(1)} - (z_{(3)} + z_{(4)}) / 2)`, at least four classes.
+
+    Croce and Hein (2020), arXiv 2003.01690, eq. 7. ``logits [batch, classes], y [batch], target [batch] -> [batch]``.
+
+    Raises:
+        ValueError: fewer than four classes.
+
+    Example:
+        >>> targeted_dlr(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), torch.tensor([0]), torch.tensor([2]))
+        tensor([-0.5000])
+    """
+    remedy = "use loss='margin'"
+    require(logits.shape[-1] >= 4, "logits", "of at least 4 classes for the targeted DLR loss", logits.shape[-1], remedy)
+    highest = logits.topk(4, dim=1).values
+    return targeted_margin(logits, y, target) / (highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2 + 1e-12)
+
+
+def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Log-probability of the target, ``[batch]``; the label is not read.
+
+    Example:
+        >>> targeted_cross_entropy(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2]))
+        tensor([-1.3863])
+    """
+    return -cross_entropy(logits, target)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+TARGETED_LOSSES: dict[str, TargetedLoss] = {
+    "cross_entropy": targeted_cross_entropy,
+    "margin": targeted_margin,
+    "dlr": targeted_dlr,
+}
 
 
 def loss_function(loss: str | Loss) -> Loss:
@@ -47,3 +127,11 @@ def loss_function(loss: str | Loss) -> Loss:
         return loss
     choice("loss", loss, LOSSES)
     return LOSSES[loss]
+
+
+def targeted_loss_function(loss: str | TargetedLoss) -> TargetedLoss:
+    """The targeted loss behind a name, or the callable ``(logits, y, target) -> [batch]`` itself."""
+    if callable(loss):
+        return loss
+    choice("loss", loss, TARGETED_LOSSES)
+    return TARGETED_LOSSES[loss]

@@ -1,4 +1,4 @@
-"""What every attack does before and around its work: check the batch, leave the model as it was."""
+"""What every attack does before and around its work: check the batch, leave the model as it was, take input gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +34,20 @@ def buffers_kept(model: Model) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def input_gradient(losses: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """Gradient of the summed losses: rows do not see each other, so the sum gives each row its own gradient.
+
+    Raises:
+        ValueError: the losses do not depend on ``x`` through the graph.
+    """
+    gradient = None
+    if losses.requires_grad:
+        gradient = torch.autograd.grad(losses.sum(), x, allow_unused=True, retain_graph=retain_graph)[0]
+    if gradient is None:
+        raise ValueError(
+            "the model's logits must depend differentiably on x, got logits without a gradient; "
+            "remove torch.no_grad(), .detach(), .round() or .argmax() from the model's forward pass"
+        )
+    return gradient

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from metarobust._checks import choice, finite, integer, labels, message, require
-from metarobust.attacks._common import buffers_kept, checked
+from metarobust.attacks._common import buffers_kept, checked, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.losses import Loss, loss_function
 from metarobust.threat_models import ThreatModel
@@ -148,7 +148,7 @@ def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tenso
             logits = model(leaf)
             if step == 0:
                 labels(y, examples=len(x), classes=logits.shape[-1])
-            gradient = _input_gradient(loss(logits, y), leaf)
+            gradient = input_gradient(loss(logits, y), leaf)
             if threat_model.norm == "linf":  # direction and projection, fused and in place
                 x_adv.add_(gradient.sign(), alpha=signed_step).clamp_(lowest, highest)
             else:
@@ -156,12 +156,3 @@ def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tenso
                 x_adv = threat_model.project(x_adv + step_size * direction, x)
     return x_adv
 
-
-def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
-    gradient = torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
-    if gradient is None:
-        raise ValueError(
-            "the model's logits must depend differentiably on x, got logits without a gradient; "
-            "remove torch.no_grad(), .detach(), .round() or .argmax() from the model's forward pass"
-        )
-    return gradient
