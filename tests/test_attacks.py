@@ -1,5 +1,6 @@
 """Attacks: every contract of an attack as a test over the rows of one table. A new attack is one row of `TABLE`."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from metarobust.attacks import FGSM, PGD, count_calls
+from metarobust.attacks import APGD, BETA, FGSM, PGD, Square, WorstCase, count_calls
 from metarobust.losses import cross_entropy, margin
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
@@ -31,6 +32,9 @@ class Row:
     deterministic: bool = True
     raises_loss: bool = True
     needs_gradient: bool = True
+    nested: bool = False  # calls other attacks, which count themselves too
+    stops: bool = False  # leaves examples alone that are misclassified
+    least_classes: int = 2
     loss: Callable = cross_entropy
 
     def threat_model(self, **changes):
@@ -38,6 +42,10 @@ class Row:
 
     def build(self, **changes):
         return self.attack(threat_model=self.threat_model(**changes))
+
+
+def fgsm_then_beta(threat_model):
+    return WorstCase([FGSM(threat_model=threat_model), BETA(threat_model=threat_model, steps=5)])
 
 
 STARTS_FIXED = {"random_start": False, "steps": 5}
@@ -72,6 +80,38 @@ TABLE = [
         **RANDOM,
         **HELPS,
     ),
+    Row(name="apgd_linf", attack=partial(APGD, steps=10), **RANDOM),
+    Row(name="apgd_l2", attack=partial(APGD, steps=10), norm="l2", epsilon=0.5, **RANDOM),
+    Row(name="apgd_l1", attack=partial(APGD, steps=10), norm="l1", epsilon=1.0, **RANDOM),
+    Row(name="apgd_from_x", attack=partial(APGD, steps=10, random_start=False)),
+    Row(name="apgd_dlr", attack=partial(APGD, steps=10, loss="dlr"), loss=margin, least_classes=3, **RANDOM),
+    Row(name="apgd_margin_targets", attack=partial(APGD, steps=10, loss="margin", targets=2), loss=margin, **RANDOM),
+    Row(name="apgd_survivors", attack=partial(APGD, steps=10, survivors_only=True), stops=True, **RANDOM),
+    Row(name="beta_linf", attack=partial(BETA, steps=10), loss=margin, **RANDOM),
+    Row(name="beta_l2", attack=partial(BETA, steps=10), norm="l2", epsilon=0.5, loss=margin, **RANDOM),
+    Row(name="beta_l1", attack=partial(BETA, steps=10), norm="l1", epsilon=1.0, loss=margin, **RANDOM),
+    Row(name="beta_from_x", attack=partial(BETA, steps=10, random_start=False), loss=margin),
+    Row(name="beta_sign_l2", attack=partial(BETA, steps=10, step_rule="sign"), norm="l2", epsilon=0.5, loss=margin, **RANDOM),
+    Row(name="beta_sign_linf", attack=partial(BETA, steps=10, step_rule="sign"), loss=margin, **RANDOM),
+    Row(name="beta_apgd_linf", attack=partial(BETA, steps=10, step_rule="apgd", restarts=2), loss=margin, **RANDOM),
+    Row(name="beta_apgd_l1", attack=partial(BETA, steps=10, step_rule="apgd"), norm="l1", epsilon=1.0, loss=margin, **RANDOM),
+    Row(name="beta_top_logits", attack=partial(BETA, steps=10, targets="top_logits", target_count=1), loss=margin, **RANDOM),
+    Row(name="beta_nearest", attack=partial(BETA, steps=10, targets="nearest", target_count=1), loss=margin, **RANDOM),
+    Row(name="beta_halving", attack=partial(BETA, steps=10, targets="halving", restarts=2), loss=margin, **RANDOM),
+    Row(name="beta_averaged", attack=partial(BETA, steps=10, eot_samples=3), loss=margin, **RANDOM),
+    Row(name="beta_survivors", attack=partial(BETA, steps=10, survivors_only=True), stops=True, loss=margin, **RANDOM),
+    Row(name="square_linf", attack=partial(Square, queries=50), loss=margin, needs_gradient=False, stops=True, **RANDOM),
+    Row(
+        name="square_l2",
+        attack=partial(Square, queries=50),
+        norm="l2",
+        epsilon=0.5,
+        loss=margin,
+        needs_gradient=False,
+        stops=True,
+        **RANDOM,
+    ),
+    Row(name="worst_case", attack=fgsm_then_beta, loss=margin, nested=True, stops=True, **RANDOM),
 ]
 
 CLASSES, SHAPE, BATCH = 3, (1, 4, 4), 6
@@ -95,6 +135,11 @@ def batch(size=BATCH, dtype=torch.float64):
     return x, torch.arange(size) % CLASSES
 
 
+def labels_that_stand(row, model, x, y):
+    """The labels, or the model's own predictions for an attack that leaves misclassified examples alone."""
+    return model(x).argmax(1) if row.stops else y
+
+
 def network(*layers, dtype=torch.float64):
     """A small classifier with parameters from a fixed seed; ``layers`` come after the first linear one."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), *layers, nn.Tanh(), nn.Linear(8, CLASSES)).to(dtype)
@@ -105,15 +150,19 @@ def network(*layers, dtype=torch.float64):
     return model
 
 
-def two_class_linear(dimensions=16):
-    """Logits (0, w x): both losses are monotone in w x, so their extremes over a ball are known."""
-    w = torch.randn(dimensions, generator=seeded(4), dtype=torch.float64)
+def linear(classes):
+    """Logits (0, w x, and far below them constants): the losses are monotone in w x, so their extremes over a ball are known."""
+    w = torch.randn(16, generator=seeded(4), dtype=torch.float64)
 
     def model(x):
         score = x.flatten(1) @ w
-        return torch.stack([torch.zeros_like(score), score], 1)
+        return torch.stack([torch.zeros_like(score), score, *[score.detach() * 0 - 20] * (classes - 2)], 1)
 
     return model, w
+
+
+def two_class_linear():
+    return linear(2)
 
 
 # The contract of every row -------------------------------------------------------------------------------------------
@@ -173,6 +222,7 @@ def test_inputs_gradients_mode_and_buffers_stay_untouched(row):
         parameter.grad = torch.full_like(parameter, 7.0) if parameter.requires_grad else None
     x, y = batch()
     x.requires_grad_()
+    y = labels_that_stand(row, copy.deepcopy(model), x, y)
     x_before, y_before = x.detach().clone(), y.clone()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -222,6 +272,7 @@ def test_global_randomness_stays_untouched(row):
 @every_attack
 def test_the_same_generator_gives_the_same_bits_and_another_gives_others(row):
     attack, model, (x, y) = row.build(), network(), batch()
+    y = labels_that_stand(row, model, x, y)
     first = attack(model, x, y, generator=seeded(5))
     assert torch.equal(attack(model, x, y, generator=seeded(5)), first)
     middle = slice(2, None)  # rows at the corners of the box may be pinned to it
@@ -252,9 +303,9 @@ def test_permuting_the_batch_permutes_the_result(row):
 
 @every_attack
 def test_the_loss_moves_the_right_way_on_a_linear_model(row):
-    model, _ = two_class_linear()
+    model, _ = linear(row.least_classes)
     x, _ = batch()
-    y = torch.arange(BATCH) % 2
+    y = labels_that_stand(row, model, x, torch.arange(BATCH) % 2)
     x_adv = row.build()(model, x, y, generator=seeded())
     rise = row.loss(model(x_adv), y) - row.loss(model(x), y)
     gained = rise if row.raises_loss else -rise
@@ -314,7 +365,7 @@ def test_a_model_whose_input_gradient_is_a_broadcast_view(row):
 
     def model(x):
         total = x.flatten(1).sum(1)
-        return torch.stack([total, -total], 1)
+        return torch.stack([total, -total, 2 * total], 1)
 
     x, _ = batch()
     x_adv = row.build()(model, x, torch.zeros(BATCH, dtype=torch.int64), generator=seeded())
@@ -401,8 +452,8 @@ def test_logits_that_do_not_depend_on_the_input_are_refused_in_one_sentence(row,
 @pytest.mark.parametrize(
     ("attack", "arguments", "error", "text"),
     [
-        (FGSM, {"loss": "hinge"}, ValueError, "loss must be one of 'cross_entropy', 'margin', got 'hinge'"),
-        (PGD, {"loss": "hinge"}, ValueError, "loss must be one of 'cross_entropy', 'margin', got 'hinge'"),
+        (FGSM, {"loss": "hinge"}, ValueError, "loss must be one of 'cross_entropy', 'margin', 'dlr', got 'hinge'"),
+        (PGD, {"loss": "hinge"}, ValueError, "loss must be one of 'cross_entropy', 'margin', 'dlr', got 'hinge'"),
         (FGSM, {"direction": "up"}, ValueError, "direction must be one of 'adversary', 'anti_adversary', got 'up'"),
         (PGD, {"direction": "up"}, ValueError, "direction must be one of 'adversary', 'anti_adversary', got 'up'"),
         (PGD, {"steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
@@ -554,7 +605,7 @@ def test_every_attack_is_counted_even_when_it_has_nothing_to_do(row, epsilon):
     with count_calls() as counter:
         row.build(epsilon=row.epsilon if epsilon is None else epsilon)(network(), *batch(2), generator=seeded())
         row.build()(network(), *batch(0), generator=seeded())
-    assert counter.calls == 2
+    assert counter.calls >= 2 if row.nested else counter.calls == 2
     assert counter.examples >= 2
 
 

@@ -106,5 +106,5 @@ def test_a_loss_is_found_by_name_or_passed_through():
 
 
 def test_an_unknown_loss_is_refused_with_the_names_that_exist():
-    with pytest.raises(ValueError, match="loss must be one of 'cross_entropy', 'margin', got 'hinge'"):
+    with pytest.raises(ValueError, match="loss must be one of 'cross_entropy', 'margin', 'dlr', got 'hinge'"):
         loss_function("hinge")

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from metarobust._checks import integer, message
+from metarobust._checks import integer, message, require
 from metarobust.attacks._common import checked
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._search import Search
@@ -120,5 +120,12 @@ def check_settings(attack: object) -> None:
         raise TypeError(message("threat_model", "a ThreatModel", repr(fields["threat_model"])))
     for name in ("steps", "restarts", "eot_samples"):
         integer(name, fields[name], least=1)
+    require(
+        fields["random_start"] or fields["restarts"] == 1,
+        "restarts",
+        "1 without a random start (every restart would be the same)",
+        fields["restarts"],
+        "write random_start=True",
+    )
     if fields["memory_budget"] is not None:
         integer("memory_budget", fields["memory_budget"], least=1)

@@ -48,6 +48,8 @@ class Search:
             most_rows = rows_within(self.memory_budget, model, x)
             standing, best, targets = self._look(model, x, y, most_rows)
             examples = standing.nonzero().squeeze(1)
+            if len(examples) == 0:
+                return result
             group = self.restarts * (1 if targets is None else targets.shape[1])
             starts = self._starts(x[examples], group, generator)
             at_once = max(1, most_rows // (group * self.eot_samples))
@@ -73,10 +75,16 @@ class Search:
         return standing, Best(clean if self.by_margin else value, clean, x), targets
 
     def _starts(self, x: Tensor, group: int, generator: torch.Generator | None) -> Tensor:
-        """First points ``[examples, group, ...]``, drawn for all examples together, so that chunks do not change them."""
-        rows = repeat(x, "examples ... -> (examples group) ...", group=group)
-        rows = self.threat_model.sample(rows, generator=generator) if self.random_start else rows
-        return rearrange(rows, "(examples group) ... -> examples group ...", group=group)
+        """First points ``[examples, targets * restarts, ...]``, drawn for all examples together: chunks do not change them.
+
+        The restarts are drawn one after the other, so that more restarts begin with the points of fewer.
+        """
+        each = repeat(x, "examples ... -> (examples targets) ...", targets=group // self.restarts)
+        draws = [
+            self.threat_model.sample(each, generator=generator) if self.random_start else each for _ in range(self.restarts)
+        ]
+        starts = torch.stack(draws, 1)
+        return rearrange(starts, "(examples targets) restarts ... -> examples (targets restarts) ...", examples=len(x))
 
     @torch.no_grad()
     def _mean_logits(self, model: Model, x: Tensor) -> Tensor:
