@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from metarobust.attacks import APGD, BETA, FGSM, PGD, Square, WorstCase, count_calls
+from metarobust.attacks import APGD, BETA, FGSM, PGD, Alternating, Square, WorstCase, count_calls
 from metarobust.losses import cross_entropy, margin
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
@@ -48,6 +48,7 @@ def fgsm_then_beta(threat_model):
     return WorstCase([FGSM(threat_model=threat_model), BETA(threat_model=threat_model, steps=5)])
 
 
+alternating = partial(Alternating, steps=5, queries=20, rounds=2)
 STARTS_FIXED = {"random_start": False, "steps": 5}
 AGAINST = {"direction": "anti_adversary"}
 RANDOM = {"deterministic": False}
@@ -111,6 +112,8 @@ TABLE = [
         stops=True,
         **RANDOM,
     ),
+    Row(name="alternating", attack=alternating, loss=margin, nested=True, stops=True, **RANDOM),
+    Row(name="alternating_l1", attack=alternating, norm="l1", epsilon=1.0, loss=margin, nested=True, stops=True, **RANDOM),
     Row(name="worst_case", attack=fgsm_then_beta, loss=margin, nested=True, stops=True, **RANDOM),
 ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import integer, message, require
-from metarobust.attacks._common import checked
+from metarobust.attacks._common import checked, checked_start
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._search import Search
 from metarobust.attacks._targets import TargetSet
@@ -94,9 +94,20 @@ class APGD:
         )
 
     @torch.inference_mode(False)
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
-        return run(self._search, model, x, y, generator)
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``x_adv``, shaped like ``x``, detached, inside ball and box.
+
+        ``start``, points inside ball and box shaped like ``x``, is where the first restart begins and what it must beat.
+        """
+        return run(self._search, model, x, y, generator, start)
 
 
 def phases(threat_model: ThreatModel) -> tuple[tuple[float, float], ...]:
@@ -104,13 +115,15 @@ def phases(threat_model: ThreatModel) -> tuple[tuple[float, float], ...]:
     return ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4)) if threat_model.norm == "l1" else ((1.0, 1.0),)
 
 
-def run(search: Search, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
+def run(search: Search, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, start: Tensor | None) -> Tensor:
     """Check the batch, count the call, search."""
     x, y = checked(search.threat_model, x, y)
+    if start is not None:
+        start = checked_start(search.threat_model, start, x)
     record_call(len(x))
     if len(x) == 0 or search.threat_model.epsilon == 0:
         return x.clone()
-    return search(model, x, y, generator)
+    return search(model, x, y, generator, start)
 
 
 def check_settings(attack: object) -> None:

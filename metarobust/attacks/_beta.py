@@ -88,6 +88,17 @@ class BETA:
         )
 
     @torch.inference_mode(False)
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
-        return run(self._search, model, x, y, generator)
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``x_adv``, shaped like ``x``, detached, inside ball and box.
+
+        ``start``, points inside ball and box shaped like ``x``, is where the first restart begins and what it must beat.
+        """
+        return run(self._search, model, x, y, generator, start)

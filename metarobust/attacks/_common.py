@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from metarobust._checks import images, labels
+from metarobust._checks import images, labels, require
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model
 
@@ -20,6 +20,16 @@ def checked(threat_model: ThreatModel, x: Tensor, y: Tensor) -> tuple[Tensor, Te
     labels(y, examples=len(x))
     x, y = (t.clone() if t.is_inference() else t for t in (x, y))
     return x.detach(), y
+
+
+def checked_start(threat_model: ThreatModel, start: Tensor, x: Tensor) -> Tensor:
+    """Points to begin at, detached; raises a sentence unless they are shaped like ``x`` and inside its ball and box."""
+    require(start.shape == x.shape, "start", f"of the shape of x, {list(x.shape)}", list(start.shape))
+    outside = int((~threat_model.contains(start, x)).sum())
+    require(
+        outside == 0, "start", f"inside {threat_model!r}", f"{outside} examples outside", "write threat_model.project(start, x)"
+    )
+    return start.detach().to(x)
 
 
 @contextmanager

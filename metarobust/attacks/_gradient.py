@@ -155,4 +155,3 @@ def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tenso
                 direction = threat_model.ascent_direction(gradient if signed_step > 0 else -gradient, x_adv)
                 x_adv = threat_model.project(x_adv + step_size * direction, x)
     return x_adv
-

@@ -1,6 +1,5 @@
 """The engine behind APGD and BETA: many rows per example (targets x restarts) climb at once, and the best point found is kept."""
 
-
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,17 +40,20 @@ class Search:
     memory_budget: int | None
     phases: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
-        result = x.clone(memory_format=torch.contiguous_format)
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, start: Tensor | None = None
+    ) -> Tensor:
         x = x.contiguous()
+        begin = x if start is None else start.contiguous()
+        result = begin.clone()
         with buffers_kept(model):
             most_rows = rows_within(self.memory_budget, model, x)
-            standing, best, targets = self._look(model, x, y, most_rows)
+            standing, best, targets = self._look(model, begin, y, most_rows)
             examples = standing.nonzero().squeeze(1)
             if len(examples) == 0:
                 return result
             group = self.restarts * (1 if targets is None else targets.shape[1])
-            starts = self._starts(x[examples], group, generator)
+            starts = self._starts(x[examples], None if start is None else begin[examples], group, generator)
             at_once = max(1, most_rows // (group * self.eot_samples))
 
             def climb(part: slice) -> None:
@@ -65,7 +67,7 @@ class Search:
         return result
 
     def _look(self, model: Model, x: Tensor, y: Tensor, most_rows: int) -> tuple[Tensor, "Best", Tensor | None]:
-        """One forward pass over the clean batch: who still stands, the first candidate, and each example's targets."""
+        """One forward pass over the first points: who still stands, the first candidate, and each example's targets."""
         logits = torch.cat([self._mean_logits(model, part) for part in x.split(most_rows)])
         labels(y, examples=len(x), classes=logits.shape[1])
         targets = None if self.targets is None else self.targets.choose(model, x, y, logits, self.threat_model)
@@ -74,15 +76,17 @@ class Search:
         standing = clean <= 0 if self.survivors_only else torch.ones_like(clean, dtype=torch.bool)
         return standing, Best(clean if self.by_margin else value, clean, x), targets
 
-    def _starts(self, x: Tensor, group: int, generator: torch.Generator | None) -> Tensor:
+    def _starts(self, x: Tensor, begin: Tensor | None, group: int, generator: torch.Generator | None) -> Tensor:
         """First points ``[examples, targets * restarts, ...]``, drawn for all examples together: chunks do not change them.
 
-        The restarts are drawn one after the other, so that more restarts begin with the points of fewer.
+        The restarts are drawn one after the other, so that more restarts begin with the points of fewer; where ``begin`` is
+        given the first restart starts there.
         """
-        each = repeat(x, "examples ... -> (examples targets) ...", targets=group // self.restarts)
-        draws = [
-            self.threat_model.sample(each, generator=generator) if self.random_start else each for _ in range(self.restarts)
-        ]
+        pattern, targets = "examples ... -> (examples targets) ...", group // self.restarts
+        each = repeat(x, pattern, targets=targets)
+        draws = [] if begin is None else [repeat(begin, pattern, targets=targets)]
+        while len(draws) < self.restarts:
+            draws.append(self.threat_model.sample(each, generator=generator) if self.random_start else each)
         starts = torch.stack(draws, 1)
         return rearrange(starts, "(examples targets) restarts ... -> examples (targets restarts) ...", examples=len(x))
 
@@ -148,8 +152,12 @@ class _Chunk:
         rows = starts.flatten(0, 1)
         for number, (radius, share) in enumerate(search.phases):
             last = number == len(search.phases) - 1
-            steps = search.steps - sum(int(s * search.steps) for _, s in search.phases[:-1]) if last else int(share * search.steps)
-            wide = replace(search.threat_model, epsilon=radius * search.threat_model.epsilon) if radius != 1 else search.threat_model
+            steps = (
+                search.steps - sum(int(s * search.steps) for _, s in search.phases[:-1]) if last else int(share * search.steps)
+            )
+            wide = (
+                replace(search.threat_model, epsilon=radius * search.threat_model.epsilon) if radius != 1 else search.threat_model
+            )
             rows = self._phase(rows, wide, steps, last=last)
             if len(self.x) == 0:
                 break
@@ -235,5 +243,3 @@ class _Chunk:
     def _put_back(self, live: Tensor) -> None:
         rows = self.examples[live]
         self.found.x[rows], self.found.margin[rows] = self.live.x[live], self.live.margin[live]
-
-

@@ -65,17 +65,20 @@ class RMSpropSteps:
     r"""RMSprop, :math:`v \leftarrow a v + (1 - a) g^2,\ x \leftarrow x + \eta g / \sqrt v`, with ``a = 0.99``.
 
     Under a constant gradient step ``t`` has length :math:`\eta / \sqrt{1 - a^t}`; :math:`\eta` is set so that all steps together
-    travel ``TRAVEL * epsilon``. For l2 and l1 ``v`` follows the squared norm of the gradient instead of each coordinate: the
-    coordinatewise rule would spend a round ball on unimportant coordinates.
+    travel ``TRAVEL * epsilon``. For l2 and l1 ``v`` follows the squared norm of the gradient instead of each coordinate (the
+    coordinatewise rule would spend a round ball on unimportant coordinates), and the way is longer: on the sphere the distance
+    to the best point falls only like ``exp(-travel / epsilon)``.
     """
 
     DECAY = 0.99
     TRAVEL = 3.0
+    TRAVEL_ROUND = 15.0
 
     def __init__(self, threat_model: ThreatModel, steps: int) -> None:
         self.norm = threat_model.norm
         per_unit = sum((1 - self.DECAY**t) ** -0.5 for t in range(1, steps + 1))
-        self.rate = self.TRAVEL * threat_model.epsilon / per_unit
+        travel = self.TRAVEL if self.norm == "linf" else self.TRAVEL_ROUND
+        self.rate = travel * threat_model.epsilon / per_unit
         self.threat_model = threat_model
         self.state: dict[str, Tensor] = {}
 
@@ -221,7 +224,7 @@ class APGDSparse:
                 overwrite(gradient, sparser, state["best_gradient"])
         self.step += 1
         direction = self._direction(rows, gradient)
-        return ball.project_(rows + per_example(state["length"], rows) * direction)
+        return ball.project_(rows + per_example(state["length"].to(rows), rows) * direction)
 
     def _direction(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """Signs of the ``count`` largest free entries, scaled to unit l1 norm."""

@@ -43,9 +43,11 @@ class TargetSet:
         count = available if self.count is None else min(self.count, available)
         if self.kind != "nearest":
             return wrong.topk(count, dim=1).indices
-        return self._distances(model, x, y, wrong.topk(available, dim=1).indices, threat_model).topk(
-            count, dim=1, largest=False
-        ).indices
+        return (
+            self._distances(model, x, y, wrong.topk(available, dim=1).indices, threat_model)
+            .topk(count, dim=1, largest=False)
+            .indices
+        )
 
     def halvings(self, group: int, steps: int) -> dict[int, int]:
         """After which steps how many rows per example go on: half of them after each quarter of the steps."""

@@ -39,7 +39,9 @@ class WorstCase:
 
     def __post_init__(self) -> None:
         if isinstance(self.attacks, str) or not isinstance(self.attacks, Sequence):
-            raise TypeError(message("attacks", "a sequence of attacks", type(self.attacks).__name__, "write [FGSM(...), PGD(...)]"))
+            raise TypeError(
+                message("attacks", "a sequence of attacks", type(self.attacks).__name__, "write [FGSM(...), PGD(...)]")
+            )
         require(len(self.attacks) > 0, "attacks", "at least one attack", "none")
         for attack in self.attacks:
             if not callable(attack):
@@ -58,13 +60,13 @@ class WorstCase:
         found = x.detach().clone()
         if len(x) == 0:
             return found
-        highest = _margins(model, found, y)
+        highest = margins_of(model, found, y)
         for attack in self.attacks:
             standing = (highest <= 0).nonzero().squeeze(1)
             if len(standing) == 0:
                 break
             moved = attack(model, x[standing], y[standing], generator=generator)
-            reached = _margins(model, moved, y[standing])
+            reached = margins_of(model, moved, y[standing])
             better = reached > highest[standing]
             found[standing[better]], highest[standing[better]] = moved[better], reached[better]
         return found
@@ -75,7 +77,8 @@ class WorstCase:
 
 
 @torch.no_grad()
-def _margins(model: Model, x: Tensor, y: Tensor) -> Tensor:
+def margins_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    """Best wrong logit minus the label's own, ``[batch]``; positive exactly when misclassified."""
     with buffers_kept(model):
         logits = model(x)
     labels(y, examples=len(x), classes=logits.shape[-1])
