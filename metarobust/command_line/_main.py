@@ -10,19 +10,21 @@ import tyro
 
 from metarobust import __version__
 from metarobust.command_line._demo import Demo
+from metarobust.command_line._evaluate import Evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Meta-learning robust classifiers through higher-order gradients."""
     verb = _parse(arguments)
-    if not isinstance(verb, Demo):
+    if not isinstance(verb, (Demo, Evaluate)):
         return
     try:
         verb.run()
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("metarobust: interrupted; files that were complete stay, nothing was half-written", file=sys.stderr)
+        kept = "interrupted; files that were complete stay, nothing was half-written"
+        print("metarobust: " + (verb.interrupted() if isinstance(verb, Evaluate) else kept), file=sys.stderr)
         sys.exit(130)
 
 
@@ -31,7 +33,7 @@ def _parse(arguments: Sequence[str] | None) -> object:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                {"demo": Demo, "version": _version},
+                {"demo": Demo, "evaluate": Evaluate, "version": _version},
                 prog="metarobust",
                 description=main.__doc__,
                 args=None if arguments is None else list(arguments),

@@ -1,24 +1,37 @@
 """Robust accuracy of a model: per-example worst case over several attacks."""
 
-import sys
+import os
+import platform
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarobust import __version__
-from metarobust._checks import images, integer, labels, message, require
+from metarobust._checks import choice, images, integer, labels, message, require
 from metarobust._progress import progress_bar
+from metarobust.attacks import Square
 from metarobust.data import LabelledImages
-from metarobust.evaluation._protocols import protocol_attacks
+from metarobust.evaluation._inputs import as_pixels, as_tensors, behind_door, generator_for
+from metarobust.evaluation._protocols import PROTOCOLS, protocol_attacks
+from metarobust.evaluation._reliability import Doubt, spread_rows
+from metarobust.evaluation._reliability_model import model_doubts
+from metarobust.evaluation._reliability_results import epsilon_curve, result_doubts, step_losses
 from metarobust.evaluation._report import RobustnessReport, wilson_interval
+from metarobust.evaluation._resume import Checkpoint, check_writable, fingerprint, without_addresses
+from metarobust.evaluation._run import EvaluationRun, per_class
+from metarobust.evaluation._state import BROKEN, UNKNOWN, EvaluationState
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack, Model
 
+CHECKS = "reliability checks"
+Curve: TypeAlias = tuple[tuple[float, float], ...]
 
+
+@torch.inference_mode(False)
 def evaluate(
     model: Model,
     data: LabelledImages | tuple[Tensor, Tensor] | Iterable[Any],
@@ -26,153 +39,168 @@ def evaluate(
     threat_model: ThreatModel,
     attacks: Mapping[str, Attack] | None = None,
     protocol: str = "standard",
-    batch_size: int = 1000,
+    batch_size: int = 128,
     survivors_only: bool = True,
     seed: int = 0,
+    reliability_checks: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> RobustnessReport:
-    """Measure clean and robust accuracy; an example counts as robust only if no attack changed its correct prediction.
+    r"""Measure clean and robust accuracy; an example counts as robust only if no attack changed its correct prediction.
 
-    Every adversarial example is checked against ball and box before it counts.
+    With attacks :math:`a_1, \dots, a_m` the worst-case accuracy is the fraction of examples with
+    :math:`\arg\max f(x) = y` and :math:`\arg\max f(a_k(x)) = y` for every k: an upper bound of the accuracy under the threat
+    model. Every adversarial example is checked against ball and box before it counts.
+
+    Pixels stay in float32 (float64 where the data is); a model in half precision gets its inputs cast at its door. The noise
+    of a batch depends only on the seed and on the positions of its attack and of the batch.
 
     Args:
-        model: any callable from inputs to logits; an ``nn.Module`` must be in evaluation mode.
+        model: any callable from inputs ``[batch, ...]`` to logits ``[batch, classes]``; an ``nn.Module`` must be in evaluation
+            mode. Data is moved to its device.
         data: ``(x, y)`` tensors, a ``LabelledImages``, or a DataLoader of such pairs; x in input units.
         threat_model: ball and box.
         attacks: named attacks, run in order; default: those of ``protocol``.
         protocol: ``"quick"``, ``"standard"`` or ``"strong"``.
-        batch_size: rows per model call.
+        batch_size: rows that an attack is given at once, at least 1: the grain of progress and of checkpoints.
         survivors_only: run each attack on the examples that withstood those before (as AutoAttack does); False runs every
             attack on every correctly classified example, so that each has its own accuracy.
-        seed: of the attacks' random starts.
+        seed: of all noise, at least 0.
+        reliability_checks: look for reasons to doubt the result, and draw the epsilon curve, on at most 100 examples (32 under
+            ``"quick"``): the work of some 200 attack steps on them. False, for evaluations in a loop, leaves ``warnings`` empty.
+        checkpoint: a file that keeps survivors and adversarial examples while the attacks run. If it is there already, the
+            evaluation verifies every example in it and goes on where it stopped; the report is that of an uninterrupted run.
+            Its folder must exist. Loading it executes no code.
 
     Raises:
-        ValueError: the model is in training mode, x is outside the box, labels are outside the classes, there is no example.
+        ValueError: the model is in training mode, x is outside the box, labels are outside the classes, there is no example,
+            an attack leaves the ball, the checkpoint is damaged or of another evaluation.
         TypeError: x is not floating point or y not int64.
+        FileNotFoundError: the folder of ``checkpoint`` is missing.
 
     Example:
         >>> x, y = torch.tensor([[0.9, 0.1], [0.55, 0.45]]), torch.tensor([0, 0])
         >>> report = evaluate(lambda x: x, (x, y), threat_model=ThreatModel(epsilon=0.1), protocol="quick")
-        >>> report.clean_accuracy, report.worst_case_accuracy
-        (1.0, 0.5)
+        >>> report.clean_accuracy, report.worst_case_accuracy, report.broken_by.tolist()
+        (1.0, 0.5, [-1, 0])
     """
     if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
         raise ValueError(message("model", "in evaluation mode", "a model in training mode", "write model.eval()"))
     integer("batch_size", batch_size, least=1)
+    integer("seed", seed, least=0)
     if not isinstance(threat_model, ThreatModel):
         raise TypeError(message("threat_model", "a ThreatModel", repr(threat_model)))
     if attacks is not None and not isinstance(attacks, Mapping):
         raise TypeError(message("attacks", "a mapping from names to attacks", type(attacks).__name__, "write {'pgd': attack}"))
-    x, y = _as_tensors(data)
+    require(
+        attacks is None or len(attacks) > 0, "attacks", "at least one attack", "none", "write attacks=None for the protocol's"
+    )
+    taken = sorted({"clean", CHECKS} & set(attacks or ()))
+    require(not taken, "attacks", f"named otherwise than 'clean' and {CHECKS!r}", taken)
+    choice("protocol", protocol, PROTOCOLS)
+    if checkpoint is not None:
+        check_writable(Path(checkpoint))
+    x, y = as_tensors(data)
     images(x, lower=threat_model.lower, upper=threat_model.upper)
     labels(y, examples=len(x))
     require(len(x) > 0, "data", "at least one example", "none")
-    chosen = dict(protocol_attacks(protocol, threat_model) if attacks is None else attacks)
-    device = next((p.device for p in model.parameters()), x.device) if isinstance(model, nn.Module) else x.device
-    seconds: dict[str, float] = {}
+
     begin = time.perf_counter()
-    correct, classes = _clean(model, x, y, device, batch_size)
-    seconds["clean"] = time.perf_counter() - begin
-    survivors, robust, generator = correct.clone(), {}, torch.Generator().manual_seed(seed)
+    x, y = as_pixels(x), y.cpu()
+    model, device, dtype = behind_door(model, x)
+    run = EvaluationRun(model=model, x=x, y=y, threat_model=threat_model, device=device, dtype=dtype, batch_size=batch_size)
+    predictions, logits, classes = run.clean()
+    correct = predictions == y
+    chosen = dict(protocol_attacks(protocol, threat_model, classes) if attacks is None else attacks)
+    state = EvaluationState(x, predictions, len(chosen))
+    clean_seconds = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    own = {"seed": seed, "batch_size": batch_size, "survivors_only": survivors_only}
+    doubts: list[Doubt] = []
+    file = None
+    if checkpoint is not None:
+        marks = fingerprint(x, y, threat_model=threat_model, attacks=chosen, **own)
+        file = Checkpoint(Path(checkpoint), marks, logits, run.rounding)
+        failed, stored = run.resume(state, file, predictions)
+        doubts += [_stale(failed, stored)] if failed else []
+    state.seconds = {"clean": clean_seconds} | {name: state.seconds.get(name, 0.0) for name in chosen}
+    rows, few_labels = spread_rows(torch.arange(len(x)), y, 32 if attacks is None and protocol == "quick" else 100)
+    few, few_labels = x[rows.to(x.device)].to(device), few_labels.to(device)
+    around = {"threat_model": threat_model, "generator": generator_for(seed, CHECKS, 0)}
+    if reliability_checks:
+        doubts += model_doubts(model, few, few_labels, attacks=chosen, **around)
+    check_seconds = time.perf_counter() - begin
+
+    curve: Curve = ()
     with progress_bar("evaluating", len(chosen) * len(x)) as advance:
-        for name, attack in chosen.items():
-            begin = time.perf_counter()
-            targets = survivors if survivors_only else correct
-            withstood = targets.clone()
-            for rows in targets.nonzero().squeeze(1).split(batch_size):
-                withstood[rows] = _withstands(model, attack, threat_model, x[rows], y[rows], device, generator)
-                advance(len(rows), name)
-            survivors &= withstood
-            robust[name] = withstood.float().mean().item()
-            seconds[name] = time.perf_counter() - begin
+        run.attack(state, chosen, correct, advance, survivors_only=survivors_only, seed=seed, checkpoint=file)
+        broken_by = state.broken_by(correct)
+        begin = time.perf_counter()
+        if reliability_checks:
+            advance(0, CHECKS)
+            losses = {}
+            if _follows_gradients(model, few):
+                curve = epsilon_curve(model, few, few_labels, **around)
+                losses = step_losses(model, few, few_labels, **around)
+            doubts += result_doubts(
+                threat_model=threat_model,
+                correct=correct,
+                predicted=predictions,
+                broken_by={name: broken_by == position for position, name in enumerate(chosen)},
+                gradient_free=[name for name, attack in chosen.items() if isinstance(attack, Square)],
+                curve=curve,
+                curve_examples=len(few),
+                losses=losses,
+            )
+        state.seconds[CHECKS] = check_seconds + time.perf_counter() - begin
+    survivors = correct & (broken_by < 0)
     worst = int(survivors.sum())
     return RobustnessReport(
-        clean_accuracy=correct.float().mean().item(),
-        robust_accuracy=robust,
+        clean_accuracy=correct.double().mean().item(),
+        robust_accuracy=state.accuracies(correct, list(chosen), survivors_only=survivors_only),
         worst_case_accuracy=worst / len(x),
         worst_case_interval=wilson_interval(worst, len(x)),
-        per_class_clean=_per_class(correct, y, classes),
-        per_class_robust=_per_class(survivors, y, classes),
+        per_class_clean=per_class(correct, y, classes),
+        per_class_robust=per_class(survivors, y, classes),
         examples=len(x),
+        attacked={name: int((state.outcomes[k] != UNKNOWN).sum()) for k, name in enumerate(chosen)},
+        broken={name: int((state.outcomes[k] == BROKEN).sum()) for k, name in enumerate(chosen)},
+        epsilon_curve=curve,
         threat_model=repr(threat_model),
-        attacks={name: repr(attack) for name, attack in chosen.items()},
-        seconds=seconds,
-        warnings=_doubts(model, x[:batch_size].to(device), y[:batch_size].to(device)),
-        versions={"metarobust": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        attacks={name: without_addresses(repr(attack)) for name, attack in chosen.items()},
+        settings={
+            "protocol": protocol if attacks is None else None,
+            "norm": threat_model.norm,
+            "epsilon": threat_model.epsilon,
+            "lower": threat_model.lower,
+            "upper": threat_model.upper,
+            **own,
+            "checked_examples": len(few) if reliability_checks else 0,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
+        seconds=state.seconds,
+        warnings=tuple(doubts),
+        versions={"metarobust": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        inputs=x.cpu(),
+        labels=y,
+        clean_predictions=predictions,
+        adversarial_examples=state.adversarial,
+        adversarial_predictions=state.predictions,
+        broken_by=broken_by,
     )
 
 
-def _as_tensors(data: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(data, LabelledImages):
-        return data.images, data.labels
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return cast("tuple[Tensor, Tensor]", tuple(data))
-    remedy = "for arrays write torch.from_numpy; for a data set write DataLoader(dataset, batch_size=1000)"
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(message("data", "a pair (x, y) of tensors or a DataLoader", type(data).__name__, remedy))
-    batches = [(batch[0], batch[1]) for batch in data if isinstance(batch, (tuple, list)) and len(batch) >= 2]
-    if any(not isinstance(part, Tensor) or part.dim() == 0 for batch in batches for part in batch):
-        raise TypeError(message("data", "a pair (x, y) of tensors or a DataLoader", "batches of something else", remedy))
-    require(len(batches) > 0, "data", "at least one batch", "none")
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def _doubts(model: Model, x: Tensor, y: Tensor) -> tuple[str, ...]:
-    """Reasons why gradient attacks may mislead: examples whose cross-entropy has no input gradient at all."""
+def _follows_gradients(model: Model, x: Tensor) -> bool:
+    """Whether autograd can follow the model at all; where it cannot, the gradient attacks of the checks would only refuse."""
     with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        loss = F.cross_entropy(model(leaf), y, reduction="sum")
-        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    silent = 1.0 if gradient is None else (gradient.flatten(1).abs().amax(1) == 0).float().mean().item()
-    if silent <= 0.01:
-        return ()
-    return (
-        f"{silent:.0%} of the examples have a cross-entropy without any input gradient, so attacks on it stand still there; "
-        "trust the margin attacks of protocol='strong', or divide the logits by a constant",
+        return model(x[:1].clone().requires_grad_()).requires_grad
+
+
+def _stale(failed: int, stored: int) -> Doubt:
+    return Doubt(
+        check="checkpoint",
+        reason=f"{failed} of {stored} adversarial examples in the checkpoint fooled the model no longer, and were attacked again",
+        remedy="the file or the model has changed, or its output is random: delete the file and evaluate from the start",
     )
-
-
-@torch.no_grad()
-def _clean(model: Model, x: Tensor, y: Tensor, device: torch.device, batch_size: int) -> tuple[Tensor, int]:
-    correct, classes = [], 0
-    for inputs, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        logits = model(inputs.to(device))
-        require(
-            logits.dim() == 2 and len(logits) == len(inputs),
-            "model",
-            "a callable from inputs [batch, ...] to logits [batch, classes]",
-            f"an output of shape {list(logits.shape)} for {len(inputs)} inputs",
-        )
-        classes = logits.shape[1]
-        labels(targets, examples=len(inputs), classes=classes)
-        require(bool(logits.isfinite().all()), "model", "such that its logits are finite", "NaN or infinite logits")
-        correct.append((logits.argmax(1) == targets.to(device)).cpu())
-    return torch.cat(correct), classes
-
-
-def _withstands(
-    model: Model,
-    attack: Attack,
-    threat_model: ThreatModel,
-    x: Tensor,
-    y: Tensor,
-    device: torch.device,
-    generator: torch.Generator,
-) -> Tensor:
-    x, y = x.to(device), y.to(device)
-    x_adv = attack(model, x, y, generator=generator)
-    outside = int((~threat_model.contains(x_adv, x)).sum())
-    require(
-        outside == 0,
-        "attacks",
-        f"such that every result lies inside {threat_model!r}",
-        f"{outside} examples outside from {attack!r}",
-        "give the attack the same threat model",
-    )
-    with torch.no_grad():
-        return (model(x_adv).argmax(1) == y).cpu()
-
-
-def _per_class(right: Tensor, y: Tensor, classes: int) -> tuple[float, ...]:
-    y = y.cpu()
-    count = torch.bincount(y, minlength=classes).float()
-    return tuple((torch.bincount(y, weights=right.float(), minlength=classes) / count).tolist())

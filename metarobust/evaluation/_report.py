@@ -1,17 +1,33 @@
-"""What an evaluation found, as a value that prints, serialises and explains itself."""
+"""What an evaluation found, as a value that prints, serialises, draws and explains itself."""
 
+import dataclasses
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from metarobust._files import write_atomically
+from metarobust.evaluation._reliability import Doubt
 
 
-@dataclass(frozen=True, kw_only=True)
+class ClassSummary(NamedTuple):
+    """Accuracy over the classes that have examples: mean, minimum and where, population standard deviation."""
+
+    average: float
+    worst: float
+    worst_class: int
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RobustnessReport:
     """Accuracies of one model on one data set, as fractions.
+
+    Two reports are equal when all but their seconds and their per-example tensors agree.
 
     Attributes:
         clean_accuracy: fraction of examples classified correctly.
@@ -22,11 +38,24 @@ class RobustnessReport:
         per_class_clean: clean accuracy of each class (NaN for a class without examples).
         per_class_robust: worst-case accuracy of each class.
         examples: number of examples.
+        attacked: for each attack, the number of examples that it ran on.
+        broken: for each attack, how many of these it broke.
+        epsilon_curve: pairs (radius in input units, accuracy under a short attack on at most 100 examples), up to the radius
+            that covers the box: a check of the attacks, not a result to quote.
         threat_model: repr of the threat model.
         attacks: repr of each attack.
+        settings: every argument of the evaluation, and device, dtype and threads that it ran with.
         seconds: wall time of each stage.
         warnings: reasons to doubt the numbers, each with a remedy.
         versions: of the libraries that computed them.
+        inputs: the clean examples ``[n, ...]``. This and the following tensors are on the CPU, in the order of the data, and
+            stand neither in the JSON nor in the repr.
+        labels: int64 ``[n]``.
+        clean_predictions: int64 ``[n]``.
+        adversarial_examples: ``[n, ...]``; the clean example where nothing broke it.
+        adversarial_predictions: int64 ``[n]``, for ``adversarial_examples``.
+        broken_by: int64 ``[n]``, position of the first attack that broke the example; -1 where none did, -2 where the clean
+            prediction is wrong already.
     """
 
     clean_accuracy: float
@@ -36,39 +65,86 @@ class RobustnessReport:
     per_class_clean: tuple[float, ...]
     per_class_robust: tuple[float, ...]
     examples: int
+    attacked: dict[str, int]
+    broken: dict[str, int]
+    epsilon_curve: tuple[tuple[float, float], ...]
     threat_model: str
     attacks: dict[str, str]
+    settings: dict[str, Any]
     seconds: dict[str, float]
-    warnings: tuple[str, ...]
+    warnings: tuple[Doubt, ...]
     versions: dict[str, str]
+    inputs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    clean_predictions: Tensor = field(repr=False)
+    adversarial_examples: Tensor = field(repr=False)
+    adversarial_predictions: Tensor = field(repr=False)
+    broken_by: Tensor = field(repr=False)
+
+    @property
+    def clean_by_class(self) -> ClassSummary:
+        """Average, worst and spread of the clean accuracy over classes."""
+        return class_summary(self.per_class_clean)
+
+    @property
+    def robust_by_class(self) -> ClassSummary:
+        """Average, worst and spread of the worst-case accuracy over classes."""
+        return class_summary(self.per_class_robust)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text; written to ``path`` too, atomically, when one is given. NaN becomes null."""
-        fields = {k: _without_nan(v) for k, v in asdict(self).items()}
-        text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(self._plain(), indent=2, allow_nan=False) + "\n"
         if path is not None:
             write_atomically(Path(path), lambda temporary: temporary.write_text(text))
         return text
 
     def print(self) -> None:
         """Show the report as a table."""
-        from rich.console import Console
-        from rich.table import Table
+        from metarobust.evaluation._table import print_report
 
-        console = Console()
-        table = Table(title=f"{self.examples} examples, {self.threat_model}", title_justify="left")
-        table.add_column("stage")
-        table.add_column("accuracy", justify="right")
-        table.add_column("seconds", justify="right")
-        table.add_row("clean", f"{self.clean_accuracy:.3f}", f"{self.seconds['clean']:.1f}")
-        for name, accuracy in self.robust_accuracy.items():
-            table.add_row(name, f"{accuracy:.3f}", f"{self.seconds[name]:.1f}")
-        low, high = self.worst_case_interval
-        table.add_section()
-        table.add_row("worst case", f"{self.worst_case_accuracy:.3f}", f"95 %: {low:.3f} to {high:.3f}")
-        console.print(table)
-        for warning in self.warnings:
-            console.print(f"warning: {warning}", style="yellow", highlight=False)
+        print_report(self)
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Write one figure: accuracy against epsilon and, for images, the most perturbed examples.
+
+        Args:
+            path: a file that ends in ``.png``, ``.pdf``, ``.svg`` or another format of matplotlib; written atomically.
+        """
+        from metarobust.evaluation._figures import draw_report
+
+        return draw_report(self, Path(path))
+
+    def __eq__(self, other: object) -> bool:
+        return self._compared() == other._compared() if isinstance(other, RobustnessReport) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> str:
+        return json.dumps({name: value for name, value in self._plain().items() if name != "seconds"})
+
+    def _plain(self) -> dict[str, Any]:
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        content = {name: _plain(value) for name, value in named if not isinstance(value, Tensor)}
+        content["clean_by_class"] = _plain(self.clean_by_class._asdict())
+        content["robust_by_class"] = _plain(self.robust_by_class._asdict())
+        return content
+
+
+def class_summary(per_class: tuple[float, ...]) -> ClassSummary:
+    """Mean, worst and spread over the classes with examples; the spread is the population standard deviation.
+
+    Example:
+        >>> class_summary((0.5, float("nan"), 1.0))
+        ClassSummary(average=0.75, worst=0.5, worst_class=0, spread=0.25)
+    """
+    known = {label: accuracy for label, accuracy in enumerate(per_class) if not math.isnan(accuracy)}
+    if not known:
+        return ClassSummary(math.nan, math.nan, -1, math.nan)
+    average = math.fsum(known.values()) / len(known)
+    spread = math.sqrt(math.fsum((accuracy - average) ** 2 for accuracy in known.values()) / len(known))
+    worst_class = min(known, key=lambda label: known[label])
+    return ClassSummary(average, known[worst_class], worst_class, spread)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -86,9 +162,14 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _without_nan(value: object) -> object:
-    if isinstance(value, float) and math.isnan(value):
+def _plain(value: Any) -> Any:
+    """Lists, dictionaries, text, numbers and None only; numbers that JSON lacks become None."""
+    if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, tuple):
-        return [_without_nan(v) for v in value]
+    if isinstance(value, Doubt):
+        return {"check": value.check, "reason": value.reason, "remedy": value.remedy}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
     return value

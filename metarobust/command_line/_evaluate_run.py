@@ -1,0 +1,199 @@
+"""What ``metarobust evaluate`` does once its flags are read: model, weights, data, evaluation, files."""
+
+import importlib.util
+import itertools
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from metarobust.data import LabelledImages, load, load_npz
+from metarobust.evaluation import evaluate
+from metarobust.threat_models import ThreatModel
+
+if TYPE_CHECKING:
+    from metarobust.command_line._evaluate import Evaluate
+
+WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name."""
+
+
+def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
+    """Build the model, read weights and data, evaluate, print, write."""
+    threat_model = ThreatModel(norm=flags.norm, epsilon=epsilon)
+    device = _device(flags.device)
+    data = read_data(flags)
+    model = build_model(flags.model)
+    if flags.weights is not None:
+        load_weights(model, flags.weights)
+    training = any(m.training for m in model.modules())
+    model = model.eval().requires_grad_(False).to(device)
+    _probe(model, data.images[:1].to(device))
+    try:
+        report = evaluate(
+            model,
+            data,
+            threat_model=threat_model,
+            protocol=flags.protocol,
+            batch_size=flags.batch_size,
+            seed=flags.seed,
+            checkpoint=flags.checkpoint,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; pass a smaller one") from error
+    report.print()
+    if training:
+        say("the model came in training mode; it was evaluated after model.eval()")
+    if flags.json is not None:
+        report.to_json(flags.json)
+    if flags.plot is not None:
+        report.plot(flags.plot)
+    written = [str(path) for path in (flags.json, flags.plot) if path is not None]
+    if written:
+        print("wrote " + " and ".join(written))
+
+
+def say(sentence: str) -> None:
+    """A note beside the report, which alone goes to standard output."""
+    print(f"metarobust: {sentence}", file=sys.stderr)
+
+
+def build_model(place: str) -> nn.Module:
+    """The module that the function at ``FILE.py:FUNCTION`` returns; runs the file."""
+    name, _, function = place.rpartition(":")
+    path = Path(name)
+    if not name or not function.isidentifier():
+        raise ValueError(f"--model must be FILE.py:FUNCTION, got {place!r}; write nets.py:build")
+    if not path.is_file():
+        raise FileNotFoundError(f"--model must name a file that exists, got {path}")
+    module = _own_code(path, lambda: _import(path))
+    build = getattr(module, function, None)
+    if not callable(build):
+        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        offered = ", ".join(known[:8]) or "no function"
+        raise ValueError(f"--model must name a function of {path}, got {function!r}; the file has {offered}")
+    model = _own_code(path, build)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"--model must name a function that returns an nn.Module, {function} returned a {type(model).__name__}")
+    return model
+
+
+def _import(path: Path) -> ModuleType:
+    name = f"metarobust_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--model must name a Python file, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
+    sys.path.insert(0, str(path.absolute().parent))  # as if the file were run: it may import its neighbours
+    spec.loader.exec_module(module)
+    return module
+
+
+def _own_code(path: Path, call: Any) -> Any:
+    """Run code of the user's; its failure becomes a sentence that says where."""
+    try:
+        return call()
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path or f.filename == str(path)]
+        line = f", line {frames[-1].lineno}" if frames else ""
+        if isinstance(error, SyntaxError):
+            line = f", line {error.lineno}"
+        raise ValueError(f"--model must run without errors, got {type(error).__name__} in {path}{line}: {error}") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy a state dictionary into the model; unwraps the usual wrappings, executes nothing."""
+    state = _read_weights(path)
+    for _ in WRAPPERS:
+        inner = next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), None)
+        state = state if inner is None else inner
+    expected = model.state_dict()
+    if state.keys() != expected.keys():
+        for prefix in PREFIXES * 2:
+            if state and all(str(name).startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
+    missing = [name for name in expected if name not in state]
+    unexpected = [str(name) for name in state if name not in expected]
+    if missing or unexpected:
+        parts = [f"{_few(names)} {what}" for names, what in ((missing, "missing"), (unexpected, "unexpected")) if names]
+        raise ValueError(f"--weights must fit the model, got {path} with {' and '.join(parts)}; build the model they belong to")
+    for name, own in expected.items():
+        value = state[name]
+        if not isinstance(value, Tensor) or value.shape != own.shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"--weights must fit the model, got {name} of shape {got} in {path}; it needs {list(own.shape)}")
+    model.load_state_dict(state)
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights must name a file that exists, got {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--weights must be a whole file of weights, got {path} ({error})") from error
+    except Exception as error:  # torch.load raises a dozen kinds of errors for files that are no weights
+        raise ValueError(
+            f"--weights must be a state dictionary that loads without executing code, got {path} "
+            f"({type(error).__name__}); write it with torch.save(model.state_dict(), path)"
+        ) from error
+    if not isinstance(state, dict):
+        raise TypeError(f"--weights must be a state dictionary, got a {type(state).__name__} in {path}")
+    return state
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(itertools.islice(names, most))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def read_data(flags: "Evaluate") -> LabelledImages:
+    """The named test set or the .npz file, cut to the first ``--examples``."""
+    try:
+        if flags.data.endswith(".npz"):
+            data = load_npz(flags.data)
+        else:
+            data = load(flags.data, train=False, root=flags.root, download=flags.download)
+    except FileNotFoundError as error:
+        if flags.data.endswith(".npz"):
+            raise FileNotFoundError(f"--data must name a file that exists, got {flags.data}") from error
+        remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
+        raise FileNotFoundError(f"--data {flags.data} is not in the data root; {remedy}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"--data {flags.data}: {error.args[0]}") from error
+    count = len(data) if flags.examples is None else min(flags.examples, len(data))
+    return data.select(torch.arange(count))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be cpu, or a device that this machine has, got {name!r}") from error
+    return device
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, x: Tensor) -> None:
+    """One example through the model, so that a model for other images fails with a sentence."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    try:
+        model(x.to(dtype))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--model must take images of the data, {list(x.shape)}, got {type(error).__name__}: {reason}"
+        ) from error

@@ -1,0 +1,177 @@
+"""The course of an evaluation as a value on disk, so that an interrupted run ends as an uninterrupted one does."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from metarobust import __version__
+from metarobust._checks import message, require
+from metarobust._files import write_atomically
+from metarobust.evaluation._state import BROKEN, EvaluationState
+from metarobust.threat_models import ThreatModel
+from metarobust.types import Attack
+
+FORMAT = "metarobust evaluation 1"
+
+
+def without_addresses(text: str) -> str:
+    """A repr without the addresses of functions and objects, which change from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def fingerprint(
+    x: Tensor, y: Tensor, *, threat_model: ThreatModel, attacks: Mapping[str, Attack], **settings: Any
+) -> dict[str, Any]:
+    """Everything but the model that determines the result, as plain data."""
+    return {
+        "data": f"{list(x.shape)} {x.dtype} {_digest(x)} {_digest(y)}",
+        "threat_model": repr(threat_model),
+        "attacks": [f"{name}: {without_addresses(repr(attack))}" for name, attack in attacks.items()],
+        "metarobust": __version__,
+        **settings,
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+class Checkpoint:
+    """One file that holds the state of one evaluation: safetensors with a JSON header; loading never executes code.
+
+    Args:
+        path: the file; its folder must exist.
+        settings: the :func:`fingerprint`.
+        logits: of the model on the first clean examples. A model is the same if it gives these up to rounding, which depends
+            on threads and devices; a hash would refuse a run that goes on with another number of threads.
+        rounding: how far they may lie apart, as a fraction of the largest.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], logits: Tensor, rounding: float) -> None:
+        self.path, self.settings, self.logits, self.rounding = path, settings, logits, rounding
+        self._wait, self._written = 0.0, -float("inf")
+
+    def load(self, state: EvaluationState) -> Tensor:
+        """Put the file's content into a fresh state, if there is a file; returns the rows whose example was read.
+
+        Raises:
+            ValueError: the file is damaged, or belongs to an evaluation of something else.
+        """
+        if not self.path.exists():
+            return torch.empty(0, dtype=torch.int64)
+        tensors, header = _read(self.path)
+        self._require_same(header.get("settings"), tensors.get("logits"))
+        require(
+            _fits(tensors, state) and header.get("digest") == _digest(tensors["outcomes"]),
+            f"checkpoint {self.path}",
+            "whole",
+            "tensors that do not fit together",
+            "delete it to start again",
+        )
+        rows = tensors["rows"]
+        state.outcomes = tensors["outcomes"]
+        state.adversarial[rows] = tensors["adversarial"]
+        state.predictions[rows] = tensors["predictions"]
+        state.seconds = dict(header.get("seconds", {}))
+        return rows
+
+    def save(self, state: EvaluationState) -> None:
+        """Write the state, atomically."""
+        begin = time.perf_counter()
+        rows = (state.outcomes == BROKEN).any(0).nonzero().squeeze(1)
+        tensors = {
+            "outcomes": state.outcomes,
+            "rows": rows,
+            "adversarial": state.adversarial[rows].contiguous(),
+            "predictions": state.predictions[rows],
+            "logits": self.logits.contiguous(),
+        }
+        header = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "seconds": state.seconds,
+            "digest": _digest(state.outcomes),  # the one tensor that no model can verify again
+        }
+        metadata = {"metarobust_header": json.dumps(header)}
+        write_atomically(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        self._written = time.perf_counter()
+        self._wait = max(2.0, 10 * (self._written - begin))
+
+    def save_sometimes(self, state: EvaluationState) -> None:
+        """Write the state if the last time is two seconds ago, or ten times as long as writing takes."""
+        if time.perf_counter() - self._written >= self._wait:
+            self.save(state)
+
+    def _require_same(self, theirs: Any, logits: Tensor | None) -> None:
+        theirs = theirs if isinstance(theirs, dict) else {}
+        differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
+        shown = [_difference(name, theirs.get(name), self.settings[name]) for name in differing]
+        if not differing and (logits is None or not self._same_model(logits)):
+            shown = ["other logits on the clean data, from another model or one with random output"]
+        remedy = "write another path, or delete the file to start again"
+        if differing == ["data"]:
+            remedy += "; a DataLoader that shuffles gives other data each time: write shuffle=False"
+        require(not shown, f"checkpoint {self.path}", "of this same evaluation", ", ".join(shown), remedy)
+
+    def _same_model(self, logits: Tensor) -> bool:
+        if logits.shape != self.logits.shape:
+            return False
+        return bool((logits - self.logits).abs().amax() <= self.rounding * self.logits.abs().amax())
+
+
+def _difference(name: str, theirs: Any, mine: Any) -> str:
+    if name == "data":
+        return "other data"
+    if isinstance(theirs, list) and isinstance(mine, list):  # name the first entry that differs, not all of both lists
+        pairs = zip_longest(theirs, mine, fillvalue="nothing")
+        theirs, mine = next(pair for pair in pairs if pair[0] != pair[1])
+    return f"{name} {theirs} there and {mine} here"
+
+
+def _fits(tensors: dict[str, Tensor], state: EvaluationState) -> bool:
+    if not {"outcomes", "rows", "adversarial", "predictions"} <= tensors.keys():
+        return False
+    rows, outcomes = tensors["rows"], tensors["outcomes"]
+    return (
+        outcomes.dtype == torch.uint8
+        and outcomes.shape == state.outcomes.shape
+        and torch.equal(rows, (outcomes == BROKEN).any(0).nonzero().squeeze(1))
+        and tensors["adversarial"].shape == (len(rows), *state.adversarial.shape[1:])
+        and tensors["adversarial"].dtype == state.adversarial.dtype
+        and tensors["predictions"].shape == rows.shape
+        and tensors["predictions"].dtype == torch.int64
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raise a sentence, before any work, if no file can stand at ``path``."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            message("checkpoint", "a file in an existing folder", path, f"make the folder {path.parent} first")
+        )
+    require(not path.is_dir(), "checkpoint", "a file", f"the folder {path}", f"write {path / 'evaluation.safetensors'}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    remedy = "write another path, or delete it to start again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("metarobust_header", "{}"))
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise ValueError(
+                    message(f"checkpoint {path}", f"a {FORMAT!r} file", "a safetensors file of another kind", remedy)
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        got = f"a damaged file, or one of another kind ({error})"
+        raise ValueError(message(f"checkpoint {path}", "a safetensors file", got, remedy)) from error
