@@ -8,6 +8,7 @@ The weights are not part of the project. Put them into one folder (``--models``)
 - ``cifar10_resnet20_clean.th``: akamaster's ResNet-20, trained without attacks, BSD-2-Clause
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,14 +105,14 @@ class _ResNet20(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        widths = [16, 16, 32, 64]
-        for stage in (1, 2, 3):
-            before, width = widths[stage - 1], widths[stage]
-            shrink = nn.Sequential() if before == width else _PaddedShortcut(width - before)
-            blocks = [_Residual((before, width), 1 if before == width else 2, shrink, normalised=True)]
-            blocks += [_Residual((width, width), 1, nn.Sequential(), normalised=True) for _ in range(2)]
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = self._stage(16, 16), self._stage(16, 32), self._stage(32, 64)
         self.linear = nn.Linear(64, 10)
+
+    @staticmethod
+    def _stage(before: int, width: int) -> nn.Sequential:
+        shrink = nn.Sequential() if before == width else _PaddedShortcut(width - before)
+        first = _Residual((before, width), 1 if before == width else 2, shrink, normalised=True)
+        return nn.Sequential(first, *(_Residual((width, width), 1, nn.Sequential(), normalised=True) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -170,8 +171,9 @@ CLASSIFIERS = {
 }
 
 
-def first_test_images(name: str, root: str | Path, examples: int) -> LabelledImages:
+def first_test_images(name: str, root: str | Path | None, examples: int) -> LabelledImages:
     """The first test images of ``"mnist"`` or ``"cifar10"``; the CIFAR-10 subset, when the root holds it instead."""
+    root = root or os.environ.get("METAROBUST_DATA") or "."
     subset = Path(root) / "cifar10-exact-subset" / "cifar10_test_exact_first1000.npz"
     whole = load_npz(subset) if name == "cifar10" and subset.exists() else load(name, train=False, root=root)
     return whole.select(torch.arange(min(examples, len(whole))))

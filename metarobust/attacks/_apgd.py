@@ -70,14 +70,8 @@ class APGD:
 
     @cached_property
     def _search(self) -> Search:
-        loss: TargetedLoss
-        if self.targets is None:
-            untargeted: Loss = loss_function(self.loss)  # type: ignore[arg-type]
-
-            def loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-                return untargeted(logits, y)
-        else:
-            loss = targeted_loss_function(self.loss)  # type: ignore[arg-type]
+        named = targeted_loss_function if self.targets is not None else lambda loss: _untargeted(loss_function(loss))
+        loss = named(self.loss)  # type: ignore[arg-type]
         return Search(
             threat_model=self.threat_model,
             steps=self.steps,
@@ -108,6 +102,10 @@ class APGD:
         ``start``, points inside ball and box shaped like ``x``, is where the first restart begins and what it must beat.
         """
         return run(self._search, model, x, y, generator, start)
+
+
+def _untargeted(loss: Loss) -> TargetedLoss:
+    return lambda logits, y, target: loss(logits, y)
 
 
 def phases(threat_model: ThreatModel) -> tuple[tuple[float, float], ...]:

@@ -61,7 +61,7 @@ class TargetSet:
         return found
 
     def _distances(self, model: Model, x: Tensor, y: Tensor, wrong: Tensor, threat_model: ThreatModel) -> Tensor:
-        r"""First-order distance to each class's boundary, :math:`-M_j / \|\nabla M_j\|_*`, ``[batch, classes]``; inf at the label."""
+        r"""First-order distance to each boundary, :math:`-M_j / \|\nabla M_j\|_*`, ``[batch, classes]``; inf at the label."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             logits = model(leaf)

@@ -39,7 +39,9 @@ class Unrolled:
     What the derivative is: exact almost everywhere. Where ball or box hold a coordinate, it moves with its bound, so it has
     derivative 0 in the step that was cut off. A rule made of signs has derivative 0 almost everywhere, so nothing flows
     through its steps; use one that is smooth in the gradient. Where an input gradient is exactly 0, ``torchopt.adam`` needs
-    ``eps_root > 0`` to keep its derivative finite. The model must be twice differentiable (compiled models are not).
+    ``eps_root > 0`` to keep its derivative finite. TorchOpt reads a step size when a rule is made: to learn one, make the rule
+    anew after each change, or pass a schedule, ``torchopt.sgd(lambda count: step_size)``. The model must be twice
+    differentiable, which compiled models are not.
 
     A model in training mode uses batch statistics and its buffers stay as they were.
 
