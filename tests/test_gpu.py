@@ -1,13 +1,16 @@
 """The same numbers on a GPU, up to its arithmetic; run with ``uv run pytest -m gpu``."""
 
 import copy
+import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from metarobust.attacks import PGD
+from metarobust.attacks import APGD, BETA, PGD, Alternating, Square
 from metarobust.evaluation import evaluate
+from metarobust.losses import margin
 from metarobust.meta_optimizers import LSTMOptimizer, factor_gradients, record_factors
 from metarobust.models import cnn
 from metarobust.threat_models import ThreatModel
@@ -60,3 +63,40 @@ def test_learned_optimizer_trains_on_the_device() -> None:
             recorder.backward(F.cross_entropy(model(x), y))
         optimizer.step()
     assert F.cross_entropy(model(x), y).item() < before
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("attack", [APGD, BETA, Alternating, Square], ids=lambda attack: attack.__name__)
+def test_searches_reach_what_they_reach_on_the_cpu(attack: Any, norm: str) -> None:
+    if attack is Square and norm == "l1":
+        pytest.skip("Square is not defined for l1")
+    model, x, _ = setting()
+    y = model(x).argmax(1)
+    device_model = copy.deepcopy(model).cuda()
+    threat_model = ThreatModel(norm=norm, epsilon={"linf": 0.1, "l2": 0.5, "l1": 1.5}[norm])
+    settings = {"queries": 100} if attack is Square else {"steps": 20}
+    search = attack(threat_model=threat_model, **settings)
+    host = search(model, x, y, generator=torch.Generator().manual_seed(0))
+    device = search(device_model, x.cuda(), y.cuda(), generator=torch.Generator().manual_seed(0)).cpu()
+    assert threat_model.contains(device, x).all()
+    torch.testing.assert_close(margin(model(device), y), margin(model(host), y), rtol=0.05, atol=0.01)
+
+
+def test_chunks_fit_the_memory_and_do_not_change_the_result() -> None:
+    model, x, y = setting()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    attack = BETA(threat_model=THREAT_MODEL, steps=5)
+    whole = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+    chunked = dataclasses.replace(attack, memory_budget=1)(model, x, y, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(margin(model(chunked), y), margin(model(whole), y), rtol=1e-3, atol=1e-3)
+
+
+def test_half_precision_and_compiled_models_evaluate_like_the_plain_one() -> None:
+    model, x, _ = setting()
+    y = model(x).argmax(1)
+    plain = evaluate(copy.deepcopy(model).cuda(), (x, y), threat_model=THREAT_MODEL, protocol="standard")
+    half = evaluate(copy.deepcopy(model).cuda().bfloat16(), (x, y), threat_model=THREAT_MODEL, protocol="standard")
+    compiled = evaluate(torch.compile(copy.deepcopy(model).cuda()), (x, y), threat_model=THREAT_MODEL, protocol="quick")
+    assert abs(half.worst_case_accuracy - plain.worst_case_accuracy) <= 2 / 16
+    assert compiled.clean_accuracy == plain.clean_accuracy
+    assert compiled.worst_case_accuracy >= plain.worst_case_accuracy

@@ -1,5 +1,6 @@
 """Update: how the parameters move. Learned update rules, the streams they read, their training, transfer and storage."""
 
+from metarobust.meta_optimizers._attack_task import AttackTask
 from metarobust.meta_optimizers._calibration import Calibration, calibrate, train_optimizees
 from metarobust.meta_optimizers._factor_gradients import (
     FactorGradients,
@@ -15,6 +16,7 @@ from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 from metarobust.meta_optimizers._transformation import combine_factors, gradients_only
 
 __all__ = [
+    "AttackTask",
     "Calibration",
     "ClassificationTask",
     "FactorGradients",

@@ -239,6 +239,8 @@ class MetaTrainingRun:
             seen = slot.parameters if settings.second_order else tree_detach(slot.parameters)
             updates, slot.state = self.rule.update(cast("Any", streams), slot.state, params=seen, inplace=False)
             slot.parameters = cast("Any", apply_updates(cast("Any", slot.parameters), updates, inplace=False))
+            if hasattr(slot.task, "project"):  # the optimizee is constrained, as a perturbation is
+                slot.parameters = cast("Any", slot.task).project(slot.parameters)
             slot.age += 1
             if position % settings.meta_loss_every == 0 or position == settings.unroll:
                 weight = 0.3 + settings.late_weight * slot.age / settings.total_steps
