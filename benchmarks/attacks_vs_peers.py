@@ -65,8 +65,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def speed(classifier: Classifier, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
-    """Wall time of PGD-40 and BETA-10 over the time of their forward-backward passes, rounds interleaved."""
-    threat_model, steps = ThreatModel(epsilon=classifier.epsilon), {"pgd": 40, "beta": 10}
+    """Wall time of PGD-40 and BETA-30 over the time of their forward-backward passes, rounds interleaved."""
+    threat_model, steps = ThreatModel(epsilon=classifier.epsilon), {"pgd": 40, "beta": 30}
     attacks: dict[str, Attack] = {
         "pgd": PGD(threat_model=threat_model, steps=steps["pgd"]),
         "beta": BETA(threat_model=threat_model, steps=steps["beta"]),

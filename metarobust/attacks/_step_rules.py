@@ -80,15 +80,13 @@ class RMSpropSteps:
         travel = self.TRAVEL if self.norm == "linf" else self.TRAVEL_ROUND
         self.rate = travel * threat_model.epsilon / per_unit
         self.threat_model = threat_model
+        self.scale = 1.0
+        self.root: Tensor | None = None
         self.state: dict[str, Tensor] = {}
 
     def move(self, ball: Ball, rows: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
         if self.norm == "linf":
-            if "square" not in self.state:
-                self.state["square"] = torch.zeros_like(rows)
-            square = self.state["square"]
-            square.mul_(self.DECAY).addcmul_(gradient, gradient, value=1 - self.DECAY)
-            return ball.project_(rows.addcdiv_(gradient, square.sqrt().add_(1e-12), value=self.rate))
+            return self._coordinatewise(ball, rows, gradient)
         dual = flat(gradient).square().sum(1) if self.norm == "l2" else flat(gradient).abs().amax(1).square()
         if "square" not in self.state:
             self.state["square"] = torch.zeros_like(dual)
@@ -96,6 +94,20 @@ class RMSpropSteps:
         square.mul_(self.DECAY).add_(dual, alpha=1 - self.DECAY)
         length = self.rate * (dual / square.clamp(min=torch.finfo(square.dtype).tiny)).sqrt()
         return ball.project_(rows + per_example(length, rows) * self.threat_model.ascent_direction(gradient, rows))
+
+    def _coordinatewise(self, ball: Ball, rows: Tensor, gradient: Tensor) -> Tensor:
+        """The l_inf step in four passes over memory; ``square`` holds v divided by ``scale``, which spares a fifth."""
+        square = self.state.get("square")
+        if square is None or self.scale < 1e-10:
+            least = max(torch.finfo(rows.dtype).tiny, 1e-24)  # keeps 0 / 0 away where a gradient is always 0
+            square = torch.full_like(rows, least) if square is None else square.mul_(self.scale).clamp_(min=least)
+            self.state["square"], self.scale = square, 1.0
+        self.scale *= self.DECAY
+        square.addcmul_(gradient, gradient, value=(1 - self.DECAY) / self.scale)
+        if self.root is None or self.root.shape != square.shape:
+            self.root = torch.empty_like(square)
+        torch.sqrt(square, out=self.root)
+        return ball.project_(rows.addcdiv_(gradient, self.root, value=self.rate / self.scale**0.5))
 
 
 def checkpoints(steps: int) -> list[int]:
