@@ -15,7 +15,6 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,19 +31,13 @@ from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
 
 
-@dataclass
 class Counted(nn.Module):
     """A model that counts the rows that pass forward, and backward to the input."""
 
-    model: nn.Module
-    contiguous: bool = False
-    forwards: int = field(default=0, init=False)
-    backwards: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        model = self.model
+    def __init__(self, model: nn.Module, *, contiguous: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.contiguous = model, contiguous
+        self.forwards = self.backwards = 0
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ def test_readme_library_example_prints_what_it_says(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    words = ("clean", "pgd-100x3", "margin-pgd-100x3")
+    words = ("clean", "apgd-ce-50", "alternating", "square-1000")
     for word in words:
-        promised, found = (re.search(rf"│ {word} +│ +([0-9.]+)", text) for text in (shown, done.stdout))
+        promised, found = (re.search(rf"│ {word} +│ +[0-9]+ │ +[0-9]+ │ +([0-9.]+)", text) for text in (shown, done.stdout))
         assert promised is not None, word
         assert found is not None, word
         assert float(found.group(1)) == pytest.approx(float(promised.group(1)), abs=0.02), word

@@ -270,7 +270,7 @@ def test_modules_that_the_model_does_not_call_are_left_out() -> None:
     assert modules_behind(cyclic) == [cyclic.model]
 
 
-def normalised(batches_seen: int) -> tuple[nn.Module, Tensor, Tensor]:
+def normalised(batches_seen: int) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A model that classifies perfectly with batch statistics; its running ones saw so many batches."""
     torch.manual_seed(0)
     first = nn.Linear(16, 16)
@@ -300,7 +300,24 @@ def test_batchnorm_gap_is_no_matter_of_what_is_in_the_batch() -> None:
     alone = y == y.mode().values
     assert "batchnorm_gap" not in before_attacks(model, x[alone], y[alone])
     stale, x, y = normalised(batches_seen=0)
-    assert "batchnorm_gap" not in before_attacks(stale, x[:15], y[:15]), "too few examples for statistics"
+    assert "batchnorm_gap" not in before_attacks(stale, x[:1], y[:1]), "one example has no statistics"
+
+
+def test_batchnorm_gap_of_a_model_that_passes_hooks_by() -> None:
+    """As a compiled module does, which keeps the original under this name."""
+
+    class Compiled(nn.Module):
+        def __init__(self, module: nn.Sequential) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self._orig_mod:
+                x = layer.forward(x)
+            return x
+
+    model, x, y = normalised(batches_seen=0)
+    assert "batchnorm_gap" in before_attacks(Compiled(model).eval(), x, y)
 
 
 def images_of(scale: float, shift: float) -> Tensor:
@@ -318,6 +335,7 @@ def images_of(scale: float, shift: float) -> Tensor:
         (images_of(1.0, 0.0), (0.0, 1.0), None),
         (images_of(2.0, -1.0), (-1.0, 1.0), None),
         (images_of(0.5, 0.25), (0.0, 1.0), None),
+        (images_of(1.0, 0.0).gt(0.3).float() * 2 - 1, (-1.0, 1.0), None),  # mean 0, deviation 1, and the whole box
         (images_of(2.66, -0.81)[:, 0, 0], (-3.0, 3.0), None),  # a table of standardised features may be judged as it is
         (torch.tensor([[0.52, 0.48], [0.54, 0.46]]), (0.0, 1.0), None),  # too few numbers to speak of a range
     ],
@@ -561,6 +579,7 @@ def test_classes_that_attacks_ask_for() -> None:
         "a climbs DLR, which needs 3 classes, and the model has 2",
         "b climbs targeted DLR, which needs 4 classes, and the model has 2",
     ]
+    assert class_doubts(3, {"t": targeted})[0].reason.startswith("t climbs targeted DLR, which needs 4")
     (doubt,) = class_doubts(4, {"t": targeted})
     assert (doubt.check, doubt.reason) == ("fewer_classes_than_targets", "t asks for 9 wrong classes, and the model has 3")
     assert class_doubts(3, {"beta": beta})[0].reason == "beta asks for 3 wrong classes, and the model has 2"
@@ -599,6 +618,38 @@ def test_curve_stops_at_the_box_and_starts_at_zero() -> None:
     for norm, farthest in (("l2", math.hypot(0.8, 1.5)), ("l1", 2.3)):
         box = ThreatModel(norm=norm, lower=-1.0, upper=1.0)
         assert covering_radius(torch.tensor([[0.0, 0.0], [0.2, -0.5]]), box) >= farthest - 1e-6
+
+
+def test_curve_attacks_no_example_twice_at_one_radius() -> None:
+    calls: list[int] = []
+
+    def counting(v: Tensor) -> Tensor:
+        calls.append(len(v))
+        return v
+
+    x, y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.4, 0.6]]), torch.tensor([0, 0, 0])
+    epsilon_curve(counting, x, y, threat_model=ThreatModel(epsilon=0.9), fractions=(1,), generator=seeded())
+    assert calls == [3] + 2 * (5 + 1) * [2], "two radii, five steps and a look, on the two that are right"
+
+
+def test_short_attack_spends_an_l1_ball_that_is_wider_than_its_steps_are_many() -> None:
+    """A change of 30 in 400 coordinates that have room for 0.5 each takes 60 coordinates, three times the steps."""
+    x, ball = torch.full((4, 400), 0.5), ThreatModel(norm="l1", epsilon=40.0)
+
+    def model(v: Tensor) -> Tensor:
+        return torch.stack([torch.full((len(v),), 30.0), (v - 0.5).sum(1)], 1)
+
+    zeros = torch.zeros(4, dtype=torch.int64)
+    curve = epsilon_curve(model, x, zeros, threat_model=ball, fractions=(0.7, 1), generator=seeded())
+    assert [accuracy for _, accuracy in curve] == [1, 1, 0, 0]
+
+
+def test_steps_are_compared_from_one_start() -> None:
+    """Where the gradient is zero, an attack ends where it began."""
+    x, y = toy(10)
+    flat = step_losses(lambda v: linear(v.detach()) + 0 * v.sum(), x, y, threat_model=LINF, generator=seeded())
+    assert torch.equal(flat[5], flat[20])
+    assert not torch.equal(flat[0], flat[5])
 
 
 def test_examples_are_taken_from_the_whole_of_sorted_data() -> None:
@@ -664,7 +715,7 @@ def test_checks_before_the_attacks_take_a_few_passes() -> None:
 
 
 def test_every_check_is_explained() -> None:
-    sources = (ROOT / "metarobust" / "evaluation").glob("_reliability*.py")
+    sources = (ROOT / "metarobust" / "evaluation").glob("*.py")
     named = {name for source in sources for name in re.findall(r'check="(\w+)"', source.read_text())}
     page = (ROOT / "docs" / "trust.md").read_text()
     assert named == set(re.findall(r"^### (\w+)$", page, flags=re.MULTILINE))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metarobust.attacks import PGD, count_calls
-from metarobust.attacks._square import Square, _fraction, _Grid, _L2Proposals, _tiling, _two_bumps
+from metarobust.attacks._square import Square, _fraction
+from metarobust.attacks._square_proposals import Grid, _L2Proposals, _tiling, _two_bumps
 from metarobust.losses import cross_entropy, margin
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
@@ -440,9 +441,9 @@ def test_windows_take_the_scheduled_side_on_every_layout(norm):
     """Largest extent that proposals reach within one phase of the schedule."""
     bump = norm == "l2"
     for shape, phase, expected in [((20,), 0, (17,) if bump else (16,)), ((1, 9, 9), 2, (5, 5) if bump else (4, 4))]:
-        grid = _Grid.of(torch.zeros(1, *shape))
+        grid = Grid.of(torch.zeros(1, *shape))
         assert grid.window(0.8 / 2**phase, bump=bump) == expected
-    flat_video = _Grid.of(torch.zeros(1, 3, 2, 10, 10))
+    flat_video = Grid.of(torch.zeros(1, 3, 2, 10, 10))
     assert flat_video.window(0.8, bump=bump) == (2, 5, 5)
     assert flat_video.window(1e-9, bump=bump) == ((2, 3, 3) if bump else (1, 1, 1))
 
@@ -537,7 +538,7 @@ def test_l2_proposals_are_algorithm_3(side):
     points = x + move * epsilon * (1 - 1e-5) * rng.choice([0.3, 1.0], (rows, 1, 1, 1))
     numbers = torch.from_numpy(rng.uniform(size=(2, rows, 7)))
     numbers[:, 5:10, 2:4] = numbers[:, 5:10, :2]
-    grid = _Grid(channels=2, sides=(11, 11))
+    grid = Grid(channels=2, sides=(11, 11))
     flat_x, flat_points = (torch.from_numpy(array).reshape(rows, 2, 121) for array in (x, points))
     proposals = _L2Proposals(ThreatModel(norm="l2", epsilon=epsilon, lower=-50, upper=50), flat_x, grid)
     proposals.plan(numbers, flat_points, side**2 / 121)
@@ -653,7 +654,7 @@ def test_models_that_answer_with_labels_alone_can_be_attacked(norm):
         (
             {"threat_model": ThreatModel(norm="l1", epsilon=1.0)},
             ValueError,
-            "norm must be 'linf' or 'l2' for Square, got 'l1'; for l1 write PGD(..., loss='margin')",
+            "norm must be 'linf' or 'l2' for Square, got 'l1'; for l1 write APGD(..., loss='margin')",
         ),
         ({"queries": 0}, ValueError, "queries must be an integer >= 1, got 0"),
         ({"queries": 10.0}, TypeError, "queries must be an integer >= 1, got 10.0"),

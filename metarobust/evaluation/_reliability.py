@@ -105,15 +105,14 @@ def _parts(thing: Any) -> Iterable[Any]:
     if isinstance(thing, nn.Module):
         # Registered children are found by modules(). A list or an object kept aside (a teacher, a trainer) need not be part of
         # the forward pass; a function most probably is.
-        public = (value for name, value in vars(thing).items() if not name.startswith("_"))
-        return [value for value in public if isinstance(value, (FunctionType, MethodType, partial))]
+        return [value for value in vars(thing).values() if isinstance(value, (FunctionType, MethodType, partial))]
     if isinstance(thing, (type, ModuleType, Tensor, str, bytes)) or not hasattr(thing, "__dict__"):
         return []
     return vars(thing).values()
 
 
 def _read_by(function: FunctionType) -> list[Any]:
-    """Cells, defaults, the wrapped function, and the modules, functions and containers among the globals that are loaded."""
+    """Cells, defaults, and the modules, functions and containers among the globals that are loaded."""
     parts: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:
@@ -123,4 +122,4 @@ def _read_by(function: FunctionType) -> list[Any]:
     names = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
     read = (function.__globals__.get(name) for name in names)
     parts += [value for value in read if isinstance(value, (nn.Module, FunctionType, MethodType, partial, list, tuple, dict))]
-    return [*parts, getattr(function, "__wrapped__", None)]
+    return parts

@@ -83,7 +83,8 @@ class EvaluationRun:
     def _attacked(self, attack: Attack, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The attack's examples and the classes predicted for them, on the CPU; raises unless all lie in ball and box."""
         x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
-        x_adv = attack(self.model, x, y, generator=generator)
+        with torch.no_grad():  # attacks take the gradients they need; those that can keep their graph need not
+            x_adv = attack(self.model, x, y, generator=generator)
         require(
             isinstance(x_adv, Tensor) and x_adv.shape == x.shape and x_adv.dtype == x.dtype,
             "attacks",
