@@ -1,7 +1,7 @@
 """Attacks against their limit and against AutoAttack: ``uv run --group peers python -m benchmarks.attacks_vs_peers``.
 
 Three parts, each on every classifier of ``--models`` (see benchmarks/_classifiers.py), printed and written to
-``results/attacks_vs_peers.json``:
+``results/attacks_vs_peers_<parts>_<names>.json``:
 
 1. ``speed``: wall time of PGD and BETA over their passes alone, forward-backward count times one pass of the same rows.
 2. ``quality``: robust accuracy of PGD, APGD and BETA at the same number of backward passes per example.
@@ -66,9 +66,8 @@ def speed(classifier: Classifier, model: nn.Module, x: Tensor, y: Tensor, rounds
     }
     found: dict[str, Any] = {}
     for name, attack in attacks.items():
-        examples = 100 if name == "pgd" else 36
-        few, labels = x[:examples], y[:examples]
-        at_once = examples if name == "pgd" else 9 * max(1, rows_within(None, model, few) // 9)
+        few, labels = x[:100], y[:100]
+        at_once = 100 if name == "pgd" else 9 * max(1, rows_within(None, model, few) // 9)
         rows = few if name == "pgd" else few.repeat_interleave(9, 0)
         row_labels = labels if name == "pgd" else labels.repeat_interleave(9)
 
@@ -125,7 +124,9 @@ def quality(classifier: Classifier, model: nn.Module, x: Tensor, y: Tensor, seed
     return found
 
 
-def against_autoattack(classifier: Classifier, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> dict[str, Any]:
+def against_autoattack(
+    classifier: Classifier, model: nn.Module, x: Tensor, y: Tensor, *, seed: int, peer_steps: int
+) -> dict[str, Any]:
     """Our standard protocol and AutoAttack's on the same points; each runs its attacks on the survivors of those before."""
     threat_model = ThreatModel(epsilon=classifier.epsilon)
     ours = Counted(model)
@@ -141,7 +142,7 @@ def against_autoattack(classifier: Classifier, model: nn.Module, x: Tensor, y: T
     )
 
     theirs = Counted(model, contiguous=True)
-    peer = _autoattack_stages(theirs, classifier.epsilon, seed)
+    peer = _autoattack_stages(theirs, classifier.epsilon, seed, peer_steps)
     their_stages, standing, total = [], torch.arange(len(x)), 0.0
     begin = time.perf_counter()
     with torch.no_grad():
@@ -186,7 +187,7 @@ def against_autoattack(classifier: Classifier, model: nn.Module, x: Tensor, y: T
     return result
 
 
-def _autoattack_stages(model: nn.Module, epsilon: float, seed: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def _autoattack_stages(model: nn.Module, epsilon: float, seed: int, steps: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     try:
         torchattacks = importlib.import_module("torchattacks")
     except ImportError as error:
@@ -194,10 +195,10 @@ def _autoattack_stages(model: nn.Module, epsilon: float, seed: int) -> dict[str,
         raise SystemExit(f"torchattacks is missing; {remedy}") from error
     common = {"eps": epsilon, "norm": "Linf", "seed": seed}
     return {
-        "APGD-CE": torchattacks.APGD(model, loss="ce", n_restarts=1, **common),
-        "APGD-T": torchattacks.APGDT(model, n_classes=10, n_restarts=1, **common),
-        "FAB-T": torchattacks.FAB(model, n_classes=10, multi_targeted=True, n_restarts=1, **common),
-        "Square": torchattacks.Square(model, n_queries=5000, n_restarts=1, **common),
+        f"APGD-CE-{steps}": torchattacks.APGD(model, loss="ce", steps=steps, n_restarts=1, **common),
+        f"APGD-T-{steps}": torchattacks.APGDT(model, steps=steps, n_classes=10, n_restarts=1, **common),
+        f"FAB-T-{steps}": torchattacks.FAB(model, steps=steps, n_classes=10, multi_targeted=True, n_restarts=1, **common),
+        "Square-5000": torchattacks.Square(model, n_queries=5000, n_restarts=1, **common),
     }
 
 
@@ -209,6 +210,7 @@ def main(
     examples: int = 500,
     seeds: int = 3,
     seed: int = 0,
+    peer_steps: int = 100,
     rounds: int = 7,
     out: str = "results",
 ) -> None:
@@ -222,6 +224,7 @@ def main(
         examples: how many of the first test images.
         seeds: random starts of the quality part, which uses the first 200 images.
         seed: of the AutoAttack part.
+        peer_steps: steps of AutoAttack's APGD and FAB. Its paper and its own code say 100; the port's class takes 10.
         rounds: of the speed part.
         out: folder of the JSON file.
     """
@@ -239,8 +242,12 @@ def main(
         if "quality" in parts:
             results[name]["quality"] = quality(classifier, model, x[:200], y[:200], seeds)
         if "autoattack" in parts:
-            results[name]["autoattack"] = against_autoattack(classifier, model, x, y, seed=seed)
-    write("attacks_vs_peers_" + "_".join(parts), {"examples": examples, "seed": seed, "seeds": seeds, "results": results}, out)
+            results[name]["autoattack"] = against_autoattack(classifier, model, x, y, seed=seed, peer_steps=peer_steps)
+    write(
+        "attacks_vs_peers_" + "_".join((*parts, *names)),
+        {"examples": examples, "seed": seed, "seeds": seeds, "peer_steps": peer_steps, "results": results},
+        out,
+    )
 
 
 if __name__ == "__main__":

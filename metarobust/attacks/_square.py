@@ -10,6 +10,7 @@ from metarobust._checks import finite, integer, labels, message, require
 from metarobust._tensors import flat
 from metarobust.attacks._common import buffers_kept, checked, checked_start
 from metarobust.attacks._counting import record_call
+from metarobust.attacks._memory import rows_within
 from metarobust.attacks._square_proposals import PROPOSALS, Grid
 from metarobust.losses import Loss, loss_function
 from metarobust.threat_models import ThreatModel
@@ -111,8 +112,12 @@ def _search(
     """Random search (algorithm 1) on all unfinished rows at once, each laid out as ``[channels, places]``."""
     grid, loss_of = Grid.of(x), loss_function(attack.loss)
 
+    # Large batches are asked in parts that stay in the cache; small ones are not worth the measurement.
+    at_once = rows_within(None, model, x) if len(x) > 128 and not _coupled(model) else len(x)
+
     def ask(points: Tensor, y: Tensor, *, first: bool = False) -> tuple[Tensor, Tensor]:
-        logits = model(points.view(-1, *x.shape[1:]))
+        parts = points.view(-1, *x.shape[1:]).split(at_once)
+        logits = model(parts[0]) if len(parts) == 1 else torch.cat([model(part) for part in parts])
         if first:
             labels(y, examples=len(y), classes=logits.shape[-1])
         wrong = logits.argmax(1) != y  # before the loss, which might write into the logits
@@ -125,7 +130,7 @@ def _search(
     result = flat(x).clone().view(len(x), grid.channels, grid.places)
     clean_loss, wrong = ask(result.clone(), y, first=True)
     # In training mode BatchNorm makes a row's logits depend on the others: then finished rows stay in the batch, unmoved.
-    coupled = isinstance(model, nn.Module) and any(module.training for module in model.modules())
+    coupled = _coupled(model)
     rows = torch.arange(len(x), device=x.device) if coupled else (~wrong).nonzero().squeeze(1)
     wrong, y, clean_loss = wrong[rows], y[rows], clean_loss[rows]
     if wrong.all():  # also where no row is left
@@ -167,6 +172,10 @@ def _search(
     better = finished | (loss > clean_loss)
     result[rows[better]] = points[better]
     return result.view(x.shape)
+
+
+def _coupled(model: Model) -> bool:
+    return isinstance(model, nn.Module) and any(module.training for module in model.modules())
 
 
 def _fraction(initial_fraction: float, proposal: int) -> float:

@@ -13,6 +13,9 @@ from metarobust.losses import margin
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack, Model
 
+AT_ONCE = 128
+"""Rows of a forward pass without a graph."""
+
 
 @dataclass(frozen=True)
 class WorstCase:
@@ -80,6 +83,6 @@ class WorstCase:
 def margins_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """Best wrong logit minus the label's own, ``[batch]``; positive exactly when misclassified."""
     with buffers_kept(model):
-        logits = model(x)
+        logits = model(x) if len(x) <= AT_ONCE else torch.cat([model(part) for part in x.split(AT_ONCE)])
     labels(y, examples=len(x), classes=logits.shape[-1])
     return margin(logits if logits.element_size() >= 4 else logits.float(), y)

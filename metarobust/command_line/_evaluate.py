@@ -34,7 +34,7 @@ class Evaluate:
     """Fetch the data set into the root if it is missing."""
     seed: int = 0
     """Seed of all noise."""
-    batch_size: int = 128
+    batch_size: int = 512
     """Examples that an attack is given at once."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""

@@ -39,7 +39,7 @@ def evaluate(
     threat_model: ThreatModel,
     attacks: Mapping[str, Attack] | None = None,
     protocol: str = "standard",
-    batch_size: int = 128,
+    batch_size: int = 512,
     survivors_only: bool = True,
     seed: int = 0,
     reliability_checks: bool = True,
@@ -61,7 +61,8 @@ def evaluate(
         threat_model: ball and box.
         attacks: named attacks, run in order; default: those of ``protocol``.
         protocol: ``"quick"``, ``"standard"`` or ``"strong"``.
-        batch_size: rows that an attack is given at once, at least 1: the grain of progress and of checkpoints.
+        batch_size: rows that an attack is given at once, at least 1: the grain of progress and of checkpoints. The library's
+            searches split it to fit memory; for PGD and FGSM on large inputs lower it.
         survivors_only: run each attack on the examples that withstood those before (as AutoAttack does); False runs every
             attack on every correctly classified example, so that each has its own accuracy.
         seed: of all noise, at least 0.

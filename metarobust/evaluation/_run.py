@@ -1,7 +1,7 @@
 """The work of an evaluation, batch by batch: clean predictions, attacks on those still standing, verification on resume."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from metarobust.evaluation._state import BROKEN, UNKNOWN, EvaluationState
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack, Model
 
+PASS_ROWS = 128
+"""Rows of a forward pass without a graph."""
 LOGITS_KEPT = 1000
 """Logits of this many clean examples tell a checkpoint's model from another."""
 
@@ -31,14 +33,11 @@ class EvaluationRun:
     dtype: torch.dtype
     batch_size: int
 
-    def _batches(self) -> Iterator[Tensor]:
-        return iter(torch.arange(len(self.x)).split(self.batch_size))
-
     @torch.no_grad()
     def clean(self) -> tuple[Tensor, Tensor, int]:
         """Predicted classes ``[n]``, the first :data:`LOGITS_KEPT` rows of logits, the number of classes; on the CPU."""
         predictions, kept, classes = [], [], 0
-        for rows in self._batches():
+        for rows in torch.arange(len(self.x)).split(min(self.batch_size, PASS_ROWS)):
             logits = checked_logits(self.model(self.x[rows].to(self.device)), len(rows))
             classes = logits.shape[1]
             labels(self.y[rows], examples=len(rows), classes=classes)
@@ -104,7 +103,7 @@ class EvaluationRun:
     @torch.no_grad()
     def _predicted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes and logits on the CPU. A row with NaN logits predicts no class at all: -1, which is never right."""
-        logits = self.model(x).cpu()
+        logits = torch.cat([self.model(part).cpu() for part in x.split(PASS_ROWS)])
         return logits.argmax(1).where(~logits.isnan().any(1), -1), logits
 
     def resume(self, state: EvaluationState, checkpoint: Checkpoint, clean_predictions: Tensor) -> tuple[int, int]:
