@@ -208,7 +208,8 @@ def main(
     parts: tuple[str, ...] = ("speed", "quality", "autoattack"),
     names: tuple[str, ...] = tuple(CLASSIFIERS),
     examples: int = 500,
-    seeds: int = 3,
+    quality_examples: int = 100,
+    seeds: int = 2,
     seed: int = 0,
     peer_steps: int = 100,
     rounds: int = 7,
@@ -222,7 +223,8 @@ def main(
         parts: any of speed, quality, autoattack.
         names: which classifiers.
         examples: how many of the first test images.
-        seeds: random starts of the quality part, which uses the first 200 images.
+        quality_examples: how many of these the quality part uses.
+        seeds: random starts of the quality part.
         seed: of the AutoAttack part.
         peer_steps: steps of AutoAttack's APGD and FAB. Its paper and its own code say 100; the port's class takes 10.
         rounds: of the speed part.
@@ -240,7 +242,7 @@ def main(
         if "speed" in parts:
             results[name]["speed"] = speed(classifier, model, x, y, rounds)
         if "quality" in parts:
-            results[name]["quality"] = quality(classifier, model, x[:200], y[:200], seeds)
+            results[name]["quality"] = quality(classifier, model, x[:quality_examples], y[:quality_examples], seeds)
         if "autoattack" in parts:
             results[name]["autoattack"] = against_autoattack(classifier, model, x, y, seed=seed, peer_steps=peer_steps)
     write(

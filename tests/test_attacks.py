@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torchopt
 from torch import nn
 
-from metarobust.attacks import APGD, BETA, FGSM, PGD, Alternating, Square, WorstCase, count_calls
+from metarobust.attacks import APGD, BETA, FGSM, PGD, Alternating, Square, Unrolled, WorstCase, count_calls
 from metarobust.losses import cross_entropy, margin
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
@@ -35,6 +36,7 @@ class Row:
     nested: bool = False  # calls other attacks, which count themselves too
     stops: bool = False  # leaves examples alone that are misclassified
     least_classes: int = 2
+    keeps_graph: bool = False  # the result carries its graph unless gradients are off
     loss: Callable = cross_entropy
 
     def threat_model(self, **changes):
@@ -48,7 +50,8 @@ def fgsm_then_beta(threat_model):
     return WorstCase([FGSM(threat_model=threat_model), BETA(threat_model=threat_model, steps=5)])
 
 
-alternating = partial(Alternating, steps=5, queries=20, rounds=2)
+alternating = partial(Alternating, steps=5, queries=20, rounds=2, closest=1.0)
+unrolled = partial(Unrolled, update_rule=torchopt.sgd(1.0), steps=5)
 STARTS_FIXED = {"random_start": False, "steps": 5}
 AGAINST = {"direction": "anti_adversary"}
 RANDOM = {"deterministic": False}
@@ -113,7 +116,10 @@ TABLE = [
         **RANDOM,
     ),
     Row(name="alternating", attack=alternating, loss=margin, nested=True, stops=True, **RANDOM),
-    Row(name="alternating_l1", attack=alternating, norm="l1", epsilon=1.0, loss=margin, nested=True, stops=True, **RANDOM),
+    Row(name="alternating_l1", attack=alternating, norm="l1", epsilon=0.1, loss=margin, nested=True, stops=True, **RANDOM),
+    Row(name="unrolled_linf", attack=unrolled, keeps_graph=True),
+    Row(name="unrolled_l2", attack=unrolled, norm="l2", epsilon=0.5, keeps_graph=True),
+    Row(name="unrolled_l1", attack=partial(unrolled, random_start=True), norm="l1", epsilon=1.0, keeps_graph=True, **RANDOM),
     Row(name="worst_case", attack=fgsm_then_beta, loss=margin, nested=True, stops=True, **RANDOM),
 ]
 
@@ -141,6 +147,10 @@ def batch(size=BATCH, dtype=torch.float64):
 def labels_that_stand(row, model, x, y):
     """The labels, or the model's own predictions for an attack that leaves misclassified examples alone."""
     return model(x).argmax(1) if row.stops else y
+
+
+def graph_off(row):
+    return torch.no_grad() if row.keeps_graph else nullcontext()
 
 
 def network(*layers, dtype=torch.float64):
@@ -209,7 +219,8 @@ def test_a_box_other_than_the_unit_interval_is_respected(row):
 def test_the_result_is_detached_and_shares_no_memory_with_the_input(row):
     x, y = batch()
     for epsilon in (row.epsilon, 0):
-        x_adv = row.build(epsilon=epsilon)(network(), x.requires_grad_(), y, generator=seeded())
+        with graph_off(row):
+            x_adv = row.build(epsilon=epsilon)(network(), x.requires_grad_(), y, generator=seeded())
         assert not x_adv.requires_grad
         assert x_adv.grad_fn is None
         assert x_adv.data_ptr() != x.data_ptr()
@@ -326,7 +337,8 @@ def test_a_functional_call_closure_gives_the_result_of_its_module(row):
     def closure(rows):
         return torch.func.functional_call(model, parameters, (rows,))
 
-    x_adv = attack(closure, x, y, generator=seeded())
+    with graph_off(row):
+        x_adv = attack(closure, x, y, generator=seeded())
     assert torch.equal(x_adv, attack(model, x, y, generator=seeded()))
     assert not x_adv.requires_grad
     assert scale.grad is None

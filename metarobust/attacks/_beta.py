@@ -35,8 +35,8 @@ class BETA:
         restarts: independent runs per target from random points of the ball.
         step_rule: ``"rmsprop"`` (the paper), ``"sign"`` (lengths fall along a cosine), or ``"apgd"`` (adaptive, see `APGD`).
         targets: ``"all"`` wrong classes; ``"top_logits"``, those with the highest clean logits; ``"nearest"``, those with the
-            smallest first-order distance; ``"halving"``, all at first, and after each quarter of the steps the better half
-            of an example's rows.
+            smallest first-order distance (not for a model of ``torch.compile``, whose graph can be walked only once);
+            ``"halving"``, all at first, and after each quarter of the steps the better half of an example's rows.
         target_count: how many targets, with ``"top_logits"`` and ``"nearest"``.
         random_start: False starts at x.
         eot_samples: random passes of the model that each gradient is averaged over; 1 for a deterministic model.
