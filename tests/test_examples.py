@@ -34,7 +34,7 @@ def test_readme_library_example_prints_what_it_says(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    words = ("clean", "apgd-ce-50", "alternating", "square-500")
+    words = ("clean", "apgd-ce-50", "alternating", "square-300")
     for word in words:
         promised, found = (re.search(rf"│ {word} +│ +[0-9]+ │ +[0-9]+ │ +([0-9.]+)", text) for text in (shown, done.stdout))
         assert promised is not None, word

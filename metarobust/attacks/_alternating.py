@@ -51,10 +51,10 @@ class Alternating:
     """
 
     threat_model: ThreatModel
-    steps: int = 40
+    steps: int = 30
     rounds: int = 4
     queries: int = 500
-    closest: float = 0.25
+    closest: float = 0.15
     target_count: int = 3
     memory_budget: int | None = None
     initial_fraction: float = 0.1

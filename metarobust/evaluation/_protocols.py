@@ -13,7 +13,7 @@ def protocol_attacks(protocol: str, threat_model: ThreatModel, classes: int = 10
 
     - ``quick``: APGD-20 on the margin.
     - ``standard``: APGD-50 on cross-entropy; `Alternating` (BETA on every class, then rounds of random search and BETA on the
-      examples that came closest); Square with 500 queries on every survivor, as the check without gradients.
+      examples that came closest); Square with 300 queries on every survivor, as the check without gradients.
     - ``strong``: APGD-100 with 5 restarts on cross-entropy; BETA-100 on every class; APGD-100 on the targeted DLR loss of 9
       classes (needs 4 classes); `Alternating` with more of everything, on half of the survivors; Square with 5,000 queries.
 
@@ -28,7 +28,7 @@ def protocol_attacks(protocol: str, threat_model: ThreatModel, classes: int = 10
             "apgd-ce-50": APGD(threat_model=threat_model, steps=50, survivors_only=True),
             "alternating": Alternating(threat_model=threat_model),
         }
-        return attacks | ({"square-500": Square(threat_model=threat_model, queries=500)} if free else {})
+        return attacks | ({"square-300": Square(threat_model=threat_model, queries=300)} if free else {})
     attacks = {
         "apgd-ce-100x5": APGD(threat_model=threat_model, steps=100, restarts=5, survivors_only=True),
         "beta-100": BETA(threat_model=threat_model, steps=100, step_rule="apgd", survivors_only=True),
