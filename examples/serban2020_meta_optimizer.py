@@ -64,5 +64,9 @@ for name in ("learned optimizer", "Adam, lr 1e-3"):
             with record_factors(model, threat_model=threat_model) as recorder:
                 recorder.backward(F.cross_entropy(model(batch.images), batch.labels))
             optimizer.step()
-    report = evaluate(model.eval(), pools.test, threat_model=threat_model, protocol="quick" if quick else "strong")
+    judges = {
+        loss: PGD(threat_model=threat_model, steps=20 if quick else 100, restarts=3, loss=loss)
+        for loss in ("cross_entropy", "margin")
+    }
+    report = evaluate(model.eval(), pools.test, threat_model=threat_model, attacks=judges)
     print(f"{name + ':':18} clean {report.clean_accuracy:.3f}, robust {report.worst_case_accuracy:.3f}, {attacks.calls} attacks")

@@ -23,14 +23,14 @@ class Alternating:
     The two searches fail for different reasons: gradient steps end in local maxima and saturated regions, random windows are
     blind to what many pixels do together. Started at each other's best point they break examples that neither breaks alone
     (figures in docs/papers/beta.md). A misclassified example is finished. Each round works on the share ``closest`` of those
-    that stand, the ones of largest margin: budget goes where success is near. A round that breaks nothing is the last.
+    that stand, the ones of largest margin: budget goes where success is near.
 
     This combination is the library's own. For l1, where Square is not defined, the rounds are BETA from new random points.
 
     Args:
         threat_model: ball and box, in input units.
         steps: gradient steps of each ascent, by APGD's step rule.
-        rounds: most rounds of random search and ascent after the first ascent.
+        rounds: rounds of random search and ascent after the first ascent.
         queries: queries of the random search in each round.
         closest: share of the standing examples of a call that each round works on, in (0, 1]; at least one example.
         target_count: wrong classes that each ascent goes for in a round, those with the highest logits at its start; the
@@ -52,8 +52,8 @@ class Alternating:
 
     threat_model: ThreatModel
     steps: int = 30
-    rounds: int = 4
-    queries: int = 500
+    rounds: int = 3
+    queries: int = 1000
     closest: float = 0.15
     target_count: int = 3
     memory_budget: int | None = None
@@ -103,8 +103,6 @@ class Alternating:
             margins = margins_of(model, moved, y[rows])
             better = margins > reached[rows]
             found[rows[better]], reached[rows[better]] = moved[better], margins[better]
-            if not (margins > 0).any():
-                break
         return found
 
     def _search(self) -> Square | None:
