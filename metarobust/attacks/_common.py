@@ -25,7 +25,8 @@ def checked(threat_model: ThreatModel, x: Tensor, y: Tensor) -> tuple[Tensor, Te
 def checked_start(threat_model: ThreatModel, start: Tensor, x: Tensor) -> Tensor:
     """Points to begin at, detached; raises a sentence unless they are shaped like ``x`` and inside its ball and box."""
     require(start.shape == x.shape, "start", f"of the shape of x, {list(x.shape)}", list(start.shape))
-    outside = int((~threat_model.contains(start, x)).sum())
+    rounding = 2 * torch.finfo(x.dtype).eps * max(abs(threat_model.lower), abs(threat_model.upper))
+    outside = int((~threat_model.contains(start, x, tolerance=max(1e-5, rounding))).sum())
     require(
         outside == 0, "start", f"inside {threat_model!r}", f"{outside} examples outside", "write threat_model.project(start, x)"
     )
