@@ -161,7 +161,7 @@ class _Chunk:
             rows = self._phase(rows, wide, steps, last=last)
             if len(self.x) == 0:
                 break
-        self._put_back(torch.arange(len(self.x), device=self.x.device))
+        self._put_back()
 
     def _phase(self, rows: Tensor, threat_model: ThreatModel, steps: int, *, last: bool) -> Tensor:
         """``steps`` moves; outside the last phase the ball is wider, so only the way counts and no point is kept."""
@@ -225,7 +225,7 @@ class _Chunk:
         standing = (self.live.margin <= 0).nonzero().squeeze(1)
         if len(standing) > COMPACTION_SHARE * len(self.x):
             return None
-        self._put_back(torch.arange(len(self.x), device=self.x.device))
+        self._put_back()
         self.live, self.examples = self.live.select(standing), self.examples[standing]
         self.x, self.y = self.x[standing], self.y[standing]
         keep = (standing[:, None] * self.group + torch.arange(self.group, device=standing.device)).flatten()
@@ -240,6 +240,5 @@ class _Chunk:
         self.row_y, self.row_target, self.group = self.row_y[rows], self.row_target[rows], count
         return rows if keep is None else keep[rows]
 
-    def _put_back(self, live: Tensor) -> None:
-        rows = self.examples[live]
-        self.found.x[rows], self.found.margin[rows] = self.live.x[live], self.live.margin[live]
+    def _put_back(self) -> None:
+        self.found.x[self.examples], self.found.margin[self.examples] = self.live.x, self.live.margin
