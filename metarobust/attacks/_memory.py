@@ -10,9 +10,15 @@ from metarobust.types import Model
 CPU_BUDGET = 32 * 2**20
 """Bytes. On a CPU, activations that stay in the last-level cache make a pass up to 1.6 times faster than a large batch."""
 
+STATE = 3
+"""Input-sized tensors that a search keeps per row beside the activations: the point, its gradient, what the rule remembers."""
+
 
 def rows_within(budget: int | None, model: Model, x: Tensor) -> int:
-    """Rows whose saved activations fit into ``budget`` bytes, measured on forward passes of two and of four rows; at least 1.
+    """Rows whose saved activations and state fit into ``budget`` bytes, at least 1.
+
+    Activations are measured on forward passes of two and of four rows; the state is the row itself, its gradient and what a step
+    rule remembers, `STATE` tensors of the row's size.
 
     The default is the size of a large cache on a CPU, and half of the free memory on a GPU.
     """
@@ -20,7 +26,7 @@ def rows_within(budget: int | None, model: Model, x: Tensor) -> int:
         budget = torch.cuda.mem_get_info(x.device)[0] // 2 if x.is_cuda else CPU_BUDGET
     rows = x[torch.arange(4, device=x.device) % len(x)]  # two at least: BatchNorm in training mode refuses a single one
     saved = (_saved_bytes(model, rows) - _saved_bytes(model, rows[:2])) // 2  # what does not grow with the rows cancels
-    return max(1, budget // max(saved, x[:1].numel() * x.element_size()))
+    return max(1, budget // (saved + STATE * x[:1].numel() * x.element_size()))
 
 
 def _saved_bytes(model: Model, x: Tensor) -> int:
