@@ -1,0 +1,141 @@
+"""Order 2 exactly: a maximum flow on the bipartite double cover of the conflict graph, and its most decided minimum cut."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import coo_array, csr_array, csr_matrix
+from scipy.sparse.csgraph import connected_components, maximum_bipartite_matching, maximum_flow
+
+MOST_FLOW = 2**31 - 1
+REFINEMENTS = 3
+ROUNDING = 1e-13  # of a total mass of 1; flows are exact multiples of more than that, or of a refinement's last digits
+
+
+class PairBound(NamedTuple):
+    """An optimal pair of the order-2 problem.
+
+    Attributes:
+        mass: ``[pairs]``, weight that the adversary joins at each pair's midpoint, for both ends alike.
+        potential: ``[points]``, probability in {0, 1/2, 1} that the classifier answers rightly around each point.
+    """
+
+    mass: np.ndarray
+    potential: np.ndarray
+
+
+def pair_bound(first: np.ndarray, second: np.ndarray, weight: np.ndarray, count: np.ndarray | None) -> PairBound:
+    r"""Solve :math:`\max \sum_e x_e` with :math:`x \ge 0` and :math:`\sum_{e \ni i} x_e \le w_i`, and its dual.
+
+    Every point i becomes two nodes :math:`L_i, R_i`; pairs become arcs :math:`L_i \to R_j` and :math:`L_j \to R_i` without a
+    capacity, sources feed :math:`L_i` and drain :math:`R_i` with :math:`w_i`. Half of a maximum flow, folded back, is optimal
+    (Nemhauser and Trotter, 1975). In the residual graph of the symmetrised flow, closed by an arc from sink to source, a point
+    is decided (1 or 0) exactly if :math:`L_i` and :math:`R_i` lie in different strongly connected components; 1/2 remains only
+    where every optimal cut has it (Picard and Queyranne, 1977).
+
+    Args:
+        first: ``[pairs]``, one end of each pair.
+        second: ``[pairs]``, the other end.
+        weight: ``[points]``, positive, sum 1.
+        count: integers proportional to ``weight``, if there are any: they make the flow exact.
+    """
+    points = len(weight)
+    potential = np.ones(points)
+    if len(first) == 0:
+        return PairBound(np.zeros(0), potential)
+    inside, ends = np.unique(np.concatenate([first, second]), return_inverse=True)  # only points with a pair enter
+    i, j = ends[: len(first)], ends[len(first) :]
+    if count is not None and count[inside].max() == 1:
+        flow = _matching(i, j, len(inside)) / count.sum()
+    elif count is not None and count[inside].sum() < MOST_FLOW:
+        flow = _integer_flow(i, j, count[inside]) / count.sum()
+    else:
+        flow = _scaled_flow(i, j, weight[inside])
+    mass = (flow[0] + flow[1]) / 2
+    potential[inside] = _cut(i, j, mass, weight[inside])
+    return PairBound(mass, potential)
+
+
+def _matching(i: np.ndarray, j: np.ndarray, nodes: int) -> np.ndarray:
+    """Flow on the arcs ``L_i -> R_j`` and ``L_j -> R_i``, ``[2, pairs]``, when every capacity is 1: Hopcroft and Karp (1973)."""
+    ones = np.ones(2 * len(i), dtype=np.int8)
+    graph = csr_matrix((ones, (np.concatenate([i, j]), np.concatenate([j, i]))), shape=(nodes, nodes))
+    partner = maximum_bipartite_matching(graph, perm_type="column")
+    return np.stack([partner[i] == j, partner[j] == i]).astype(np.float64)
+
+
+def _integer_flow(i: np.ndarray, j: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    return _max_flow(i, j, capacity, capacity, None).astype(np.float64)
+
+
+def _scaled_flow(i: np.ndarray, j: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Real capacities: integer flows at a growing scale, each on the residual graph of those before.
+
+    One round leaves an error of at most ``nodes / 2**31``; the next rounds share out what the rounding left over.
+    """
+    nodes = len(weight)
+    flow = np.zeros((2, len(i)))
+    for _ in range(REFINEMENTS):
+        out = weight - np.bincount(i, flow[0], nodes) - np.bincount(j, flow[1], nodes)
+        into = weight - np.bincount(j, flow[0], nodes) - np.bincount(i, flow[1], nodes)
+        left = min(out.clip(0).sum(), into.clip(0).sum())
+        if left <= 1e-13:
+            break
+        scale = (MOST_FLOW - 1) / max(out.clip(0).sum(), into.clip(0).sum())
+        supply, demand = (np.floor(v.clip(0) * scale).astype(np.int64) for v in (out, into))
+        back = np.floor(np.minimum(flow * scale, MOST_FLOW)).astype(np.int64)
+        flow = np.maximum(flow + _max_flow(i, j, supply, demand, back) / scale, 0)
+    return flow
+
+
+def _max_flow(i: np.ndarray, j: np.ndarray, supply: np.ndarray, demand: np.ndarray, back: np.ndarray | None) -> np.ndarray:
+    """A maximum integer flow through the double cover; ``back`` is what flows already and may be taken back, per arc."""
+    nodes, pairs = len(supply), len(i)
+    source, sink = 2 * nodes, 2 * nodes + 1
+    every = np.arange(nodes)
+    tail = [i, j, np.full(nodes, source), every + nodes]
+    head = [j + nodes, i + nodes, every, np.full(nodes, sink)]
+    capacity = [np.full(2 * pairs, MOST_FLOW), supply, demand]
+    if back is not None:
+        tail += [j + nodes, i + nodes]
+        head += [i, j]
+        capacity += [back.ravel()]
+    tails, heads = np.concatenate(tail), np.concatenate(head)
+    graph = csr_array(
+        coo_array((np.concatenate(capacity).astype(np.int32), (tails, heads)), shape=(2 * nodes + 2, 2 * nodes + 2))
+    )
+    flow = maximum_flow(csr_matrix(graph), source, sink).flow
+    return np.stack([_entries(flow, i, j + nodes), _entries(flow, j, i + nodes)])
+
+
+def _entries(matrix: csr_matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """The stored values at the given places; all of them are stored."""
+    matrix.sort_indices()
+    key = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr)) * matrix.shape[1] + matrix.indices
+    return matrix.data[np.searchsorted(key, row.astype(np.int64) * matrix.shape[1] + column)]
+
+
+def _cut(i: np.ndarray, j: np.ndarray, mass: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Potentials of the points with a pair, from the strongly connected components of the residual graph."""
+    nodes = len(weight)
+    source, sink = 2 * nodes, 2 * nodes + 1
+    through = np.bincount(i, mass, nodes) + np.bincount(j, mass, nodes)
+    flowing = mass > ROUNDING
+    unfilled, filled = np.flatnonzero(through < weight * (1 - 1e-9) - ROUNDING), np.flatnonzero(through > ROUNDING)
+    both = [(i, j + nodes), (j, i + nodes)]
+    back = [(head[flowing], tail[flowing]) for tail, head in both]
+    ends = [
+        (np.full(len(unfilled), source), unfilled),
+        (unfilled + nodes, np.full(len(unfilled), sink)),
+        (filled, np.full(len(filled), source)),
+        (np.full(len(filled), sink), filled + nodes),
+        (np.array([sink]), np.array([source])),
+    ]
+    arcs = [*both, *back, *ends]
+    tails, heads = (np.concatenate([arc[end] for arc in arcs]) for end in (0, 1))
+    graph = csr_matrix((np.ones(len(tails), dtype=np.int8), (tails, heads)), shape=(2 * nodes + 2, 2 * nodes + 2))
+    component = connected_components(graph, directed=True, connection="strong")[1].astype(np.int64)
+    # Labels follow a topological order of the components, in one direction or the other: the arc sink -> source tells which.
+    order = component if component[sink] <= component[source] else -component
+    if component[sink] == component[source] or (order[tails] > order[heads]).any():
+        raise RuntimeError("the minimum cut could not be read off the components; please report this with your scipy version")
+    return (1 + np.sign(order[:nodes] - order[nodes : 2 * nodes])) / 2
