@@ -75,16 +75,46 @@ class ThreatModel:
         The intersection is projected onto exactly, not ball first and box second. By the optimality conditions the moved
         magnitudes are, per coordinate with room :math:`b_i` in the box and wish :math:`|v_i|`:
         l_inf :math:`\min(|v_i|, b_i, \epsilon)`; l2 :math:`\min(s|v_i|, b_i)`; l1 :math:`\min((|v_i| - \lambda)_+, b_i)`,
-        with one scalar per example that puts the result on the ball.
+        with one scalar per example that puts the result on the ball. Differentiable in both arguments, exactly.
         """
         if self.norm == "linf":
-            lowest, highest = self.bounds(x)
-            return torch.minimum(torch.maximum(x_adv, lowest), highest)
+            return x_adv.clamp(*self.bounds(x))
+        with torch.no_grad():
+            move = flat(x_adv - x)
+            room = flat(torch.where(x_adv >= x, self.upper - x, x - self.lower)).clamp(min=0)
+            find = _l2_magnitudes if self.norm == "l2" else _l1_magnitudes
+            magnitudes = find(move.abs(), room, self.epsilon)
+            projected = (x + torch.copysign(magnitudes, move).reshape(x.shape)).clamp(self.lower, self.upper)
+        if not torch.is_grad_enabled() or not (x_adv.requires_grad or x.requires_grad):
+            return projected
+        formula = self._differentiable_projection(x_adv, x, projected)
+        return projected + (formula - formula.detach())
+
+    def _differentiable_projection(self, x_adv: Tensor, x: Tensor, projected: Tensor) -> Tensor:
+        """The l2 or l1 projection, in a form that autograd differentiates rightly.
+
+        Near almost every point the coordinates that the box holds, and those that an l1 ball sets back to ``x``, stay the same.
+        So the formula is written for these sets held fixed, in the signed move, and autograd gives the implicit derivative:
+        finite for the tiniest move, and right where a coordinate did not move at all, which a formula in absolute values misses.
+        """
         move = flat(x_adv - x)
-        room = flat(torch.where(x_adv >= x, self.upper - x, x - self.lower)).clamp(min=0)
-        find = _l2_magnitudes if self.norm == "l2" else _l1_magnitudes
-        magnitudes = find(move.abs(), room, self.epsilon)
-        return (x + torch.copysign(magnitudes, move).reshape(x.shape)).clamp(self.lower, self.upper)
+        edge = torch.where(move > 0, flat(self.upper - x), flat(self.lower - x))
+        with torch.no_grad():
+            reached = flat(projected - x)
+            rounding = 4 * torch.finfo(x.dtype).eps * max(abs(self.lower), abs(self.upper))
+            held = (move != 0) & (move.abs() >= edge.abs()) & ((reached - edge).abs() <= rounding)
+            cut = torch.where(move.abs() > edge.abs(), edge, move)
+            outside = torch.linalg.vector_norm(cut, ord=2 if self.norm == "l2" else 1, dim=1, keepdim=True) > self.epsilon
+        if self.norm == "l2":  # the free coordinates share what the held ones leave of the squared radius
+            budget = self.epsilon**2 - edge.masked_fill(~held, 0).square().sum(1, keepdim=True)
+            free = move.masked_fill(held, 0).square().sum(1, keepdim=True)
+            tiny = torch.finfo(x.dtype).tiny
+            shrunk = move * (budget.clamp(min=tiny) / torch.where(outside, free, 1).clamp(min=tiny)).sqrt()
+        else:  # the free coordinates are shortened by one length, such that the radius is used up
+            free = ~held & (reached != 0)
+            spent = edge.abs().masked_fill(~held, 0).sum(1, keepdim=True) + move.abs().masked_fill(~free, 0).sum(1, keepdim=True)
+            shrunk = free * (move - move.sign() * (spent - self.epsilon) / free.sum(1, keepdim=True).clamp(min=1))
+        return x + torch.where(held, edge, torch.where(outside, shrunk, move)).reshape(x.shape)
 
     def sample(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """A uniform point of the ball, clipped to the box, per example; noise is drawn on the CPU and moved."""

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchopt.base import EmptyState, GradientTransformation
 
 from metarobust.attacks import PGD, count_calls
-from metarobust.attacks._unrolled import Unrolled, project_with_graph
+from metarobust.attacks._unrolled import Unrolled
 from metarobust.losses import cross_entropy, margin
 from metarobust.meta_optimizers import LSTMOptimizer, meta_train
 from metarobust.meta_optimizers._attack_task import AttackTask
@@ -119,16 +119,15 @@ def moves(norm: str, *, seed: int = 5) -> tuple[ThreatModel, Tensor, Tensor]:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("seed", range(5))
-def test_the_projection_has_the_value_of_project_and_the_derivative_of_a_projection(norm: str, seed: int) -> None:
+def test_the_projection_has_the_derivative_of_a_projection_and_the_same_value_without_a_graph(norm: str, seed: int) -> None:
     threat_model, moved, x = moves(norm, seed=seed)
     moved.requires_grad_(), x.requires_grad_()
-    projected = project_with_graph(threat_model, moved, x)
-    assert torch.equal(projected, threat_model.project(moved, x))
+    projected = threat_model.project(moved, x)
     with torch.no_grad():
-        assert torch.equal(project_with_graph(threat_model, moved, x), projected)
+        assert torch.equal(threat_model.project(moved, x), projected)  # the graph changes no value
     weights = torch.randn(x.shape, generator=seeded(7), dtype=torch.float64)
     derivatives = check_against_central_differences(
-        lambda: (weights * project_with_graph(threat_model, moved, x)).sum(), [[moved], [x]], size=1e-6
+        lambda: (weights * threat_model.project(moved, x)).sum(), [[moved], [x]], size=1e-6
     )
     assert all(derivatives)
 
@@ -138,7 +137,7 @@ def test_the_projection_has_a_derivative_where_nothing_moved(norm: str) -> None:
     """There the ball is not reached: the projection is the identity in the point, whatever the norm."""
     x, _ = batch(near_the_box=False)
     moved = x.clone().requires_grad_()
-    (found,) = torch.autograd.grad(project_with_graph(ThreatModel(norm=norm, epsilon=0.3), moved, x).sum(), moved)
+    (found,) = torch.autograd.grad(ThreatModel(norm=norm, epsilon=0.3).project(moved, x).sum(), moved)
     assert torch.equal(found, torch.ones_like(x))
 
 
@@ -147,7 +146,7 @@ def test_coordinates_that_did_not_move_share_the_derivative_of_the_others(norm: 
     """Beyond the l2 ball a still coordinate is scaled like all others; an l1 ball keeps it at x."""
     x = torch.full((1, 4), 0.5, dtype=torch.float64)
     moved = (x + torch.tensor([[0.3, 0.4, 0.0, 0.0]], dtype=torch.float64)).requires_grad_()
-    projected = project_with_graph(ThreatModel(norm=norm, epsilon=0.25), moved, x)
+    projected = ThreatModel(norm=norm, epsilon=0.25).project(moved, x)
     (found,) = torch.autograd.grad(projected[0, 2], moved)
     expected = [0, 0, 0.5 if norm == "l2" else 0.0, 0]
     assert torch.allclose(found[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -160,7 +159,7 @@ def test_derivatives_of_the_projection_are_finite_for_tiny_and_huge_moves_in_sin
     x[0], x[1] = 0, 1
     moved = (x + length * torch.randn(x.shape, generator=seeded(5))).requires_grad_()
     x.requires_grad_()
-    projected = project_with_graph(ThreatModel(norm=norm, epsilon=NORMS[norm]), moved, x)
+    projected = ThreatModel(norm=norm, epsilon=NORMS[norm]).project(moved, x)
     assert all(g.isfinite().all() for g in torch.autograd.grad(projected.sum(), [moved, x]))
 
 
@@ -168,7 +167,7 @@ def test_derivatives_of_the_projection_are_finite_for_tiny_and_huge_moves_in_sin
 def test_a_coordinate_just_short_of_the_box_is_free(norm: str) -> None:
     x = torch.tensor([[1e-8, 1e-8, 0.5]])
     moved = (x - torch.tensor([[1e-10, 2e-8, 1e-3]])).requires_grad_()
-    (found,) = torch.autograd.grad(project_with_graph(ThreatModel(norm=norm, epsilon=0.1), moved, x).sum(), moved)
+    (found,) = torch.autograd.grad(ThreatModel(norm=norm, epsilon=0.1).project(moved, x).sum(), moved)
     assert found.tolist() == [[1, 0, 1]]
 
 
@@ -229,7 +228,7 @@ def by_hand(model: nn.Module, x: Tensor, y: Tensor, attack: Unrolled, *, cut: in
         point = x_adv if x_adv.requires_grad else x_adv.requires_grad_()
         (gradient,) = torch.autograd.grad(-cross_entropy(model(point), y).sum(), point, create_graph=True)
         updates, state = rule.update(cast("Any", (gradient,)), state, params=cast("Any", (point,)), inplace=False)
-        x_adv = project_with_graph(attack.threat_model, point + cast("Any", updates)[0], x)
+        x_adv = attack.threat_model.project(point + cast("Any", updates)[0], x)
     return x_adv
 
 

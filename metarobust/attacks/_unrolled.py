@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torchopt.base import GradientTransformation
 
 from metarobust._checks import choice, integer, labels, message
-from metarobust._tensors import flat, tree_detach
+from metarobust._tensors import tree_detach
 from metarobust.attacks._common import buffers_kept, checked, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._gradient import DIRECTIONS
@@ -131,41 +131,7 @@ class Unrolled:
         downhill = -gradient if self.direction == "adversary" else gradient
         updates, state = self.update_rule.update(cast("Any", (downhill,)), state, params=cast("Any", (x_adv,)), inplace=False)
         moved = x_adv + cast("Any", updates)[0].to(x.dtype)  # whatever the precision that the rule computes in
-        return project_with_graph(self.threat_model, moved, x), state
-
-
-def project_with_graph(threat_model: ThreatModel, x_adv: Tensor, x: Tensor) -> Tensor:
-    """The value of ``threat_model.project`` with the exact derivative of a Euclidean projection, in ``x_adv`` and in ``x``.
-
-    Near almost every point the coordinates that the box holds, and those that an l1 ball sets back to ``x``, stay the same. So
-    the formula is written for these sets held fixed, in the signed move, and autograd gives the implicit derivative: finite
-    for the tiniest move, and right where a coordinate did not move at all, which a formula in absolute values misses.
-    """
-    if threat_model.norm == "linf":
-        return x_adv.clamp(*threat_model.bounds(x))
-    with torch.no_grad():
-        projected = threat_model.project(x_adv, x)
-    if not torch.is_grad_enabled() or not (x_adv.requires_grad or x.requires_grad):
-        return projected
-    move, epsilon = flat(x_adv - x), threat_model.epsilon
-    edge = torch.where(move > 0, flat(threat_model.upper - x), flat(threat_model.lower - x))
-    with torch.no_grad():
-        reached = flat(projected - x)
-        rounding = 4 * torch.finfo(x.dtype).eps * max(abs(threat_model.lower), abs(threat_model.upper))
-        held = (move != 0) & (move.abs() >= edge.abs()) & ((reached - edge).abs() <= rounding)
-        cut = torch.where(move.abs() > edge.abs(), edge, move)
-        outside = torch.linalg.vector_norm(cut, ord=2 if threat_model.norm == "l2" else 1, dim=1, keepdim=True) > epsilon
-    if threat_model.norm == "l2":  # the free coordinates share what the held ones leave of the squared radius
-        budget = epsilon**2 - edge.masked_fill(~held, 0).square().sum(1, keepdim=True)
-        free = move.masked_fill(held, 0).square().sum(1, keepdim=True)
-        tiny = torch.finfo(x.dtype).tiny
-        shrunk = move * (budget.clamp(min=tiny) / torch.where(outside, free, 1).clamp(min=tiny)).sqrt()
-    else:  # the free coordinates are shortened by one length, such that the radius is used up
-        free = ~held & (reached != 0)
-        spent = edge.abs().masked_fill(~held, 0).sum(1, keepdim=True) + move.abs().masked_fill(~free, 0).sum(1, keepdim=True)
-        shrunk = free * (move - move.sign() * (spent - epsilon) / free.sum(1, keepdim=True).clamp(min=1))
-    formula = x + torch.where(held, edge, torch.where(outside, shrunk, move)).reshape(x.shape)
-    return projected + (formula - formula.detach())
+        return self.threat_model.project(moved, x), state
 
 
 def input_gradient_with_graph(losses: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from metarobust._checks import choice, labels, message, require
 from metarobust.attacks._common import checked
 from metarobust.attacks._gradient import DIRECTIONS
-from metarobust.attacks._unrolled import input_gradient_with_graph, on_copied_buffers, project_with_graph
+from metarobust.attacks._unrolled import input_gradient_with_graph, on_copied_buffers
 from metarobust.losses import Loss, loss_function
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model, Streams
@@ -83,7 +83,7 @@ class AttackTask:
 
     def project(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The parameters, back in ball and box; meta-training calls this after each update, the graph kept."""
-        return tuple(project_with_graph(self.threat_model, p, self.x) for p in parameters)
+        return tuple(self.threat_model.project(p, self.x) for p in parameters)
 
     @torch.enable_grad()
     def streams(
