@@ -40,3 +40,16 @@ def test_readme_library_example_prints_what_it_says(tmp_path: Path) -> None:
         assert promised is not None, word
         assert found is not None, word
         assert float(found.group(1)) == pytest.approx(float(promised.group(1)), abs=0.02), word
+
+
+def test_readme_bounds_example_prints_what_it_says(tmp_path: Path) -> None:
+    """The second python block of the README gives the second text block, to the digit: the bounds are exact."""
+    readme = (ROOT / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    shown = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown

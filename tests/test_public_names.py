@@ -24,6 +24,15 @@ PUBLIC_NAMES = {
         "WorstCase",
         "count_calls",
     ],
+    "metarobust.bounds": [
+        "OptimalAttack",
+        "RiskBound",
+        "RobustClassifier",
+        "adversarial_risk_bound",
+        "plot_curve",
+        "risk_curve",
+        "sinkhorn_risk",
+    ],
     "metarobust.command_line": ["main"],
     "metarobust.data": [
         "LabelledImages",
@@ -37,7 +46,7 @@ PUBLIC_NAMES = {
         "minibatch",
         "split",
     ],
-    "metarobust.evaluation": ["Doubt", "RobustnessReport", "evaluate"],
+    "metarobust.evaluation": ["DistanceToBound", "Doubt", "RobustnessReport", "evaluate"],
     "metarobust.losses": [
         "LOSSES",
         "TARGETED_LOSSES",

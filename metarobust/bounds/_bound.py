@@ -162,7 +162,7 @@ def _bound(
     points = graph.points
     plan = repaired(solution.sets, solution.mass, points.weight)
     guarantee = _guarantee(graph, solution.potential, most_sets)
-    upper = 1 - float(points.weight @ guarantee)
+    upper = max(1 - float(points.weight @ guarantee), 0.0)
     lower = min(max(1 - float(plan[1].sum()), 0.0), upper)
     sizes = [(some.shape[1], len(some)) for some in solution.sets if some.shape[1] > 2]
     return RiskBound(
@@ -194,7 +194,10 @@ def _guarantee(graph: ConflictGraph, potential: np.ndarray, most_sets: int) -> n
     points = graph.points
     overfull = graph.overfull(potential, classes(graph), most_sets)
     if overfull.complete:
+        first, second = graph.pairs.first, graph.pairs.second
         largest = np.ones(len(potential))
+        for end in (first, second):  # a linear program that was cut short, or Sinkhorn, may break pairs too
+            np.maximum.at(largest, end, potential[first] + potential[second])
         for sets, excess in zip(overfull.sets, overfull.excess, strict=True):
             np.maximum.at(largest, sets, 1 + excess[:, None])
     else:

@@ -36,6 +36,9 @@ class RobustClassifier:
         self.y = torch.from_numpy(graph.points.y).to(device)
         self.guarantee = torch.from_numpy(guarantee).to(device)
         self.classes = int(self.y.max()) + 1
+        # In float64 a matrix product is precise enough unless the balls are tiny beside the points themselves.
+        precise = graph.epsilon > 1e-3 * float(self.x.abs().max()) * self.x.shape[1] ** 0.5
+        self.mode = ("" if precise else "donot_") + "use_mm_for_euclid_dist"
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -49,12 +52,21 @@ class RobustClassifier:
 
     def _probabilities(self, x: Tensor) -> Tensor:
         p = 2.0 if self.graph.norm == "l2" else float("inf")
-        distance = torch.cdist(x, self.x, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-        # A move that ends on the ball's boundary is rounded to one side or the other: both count as inside.
-        inside = distance <= self.graph.epsilon * (1 + 1e-5) + 1e-12
-        promised = torch.where(inside, self.guarantee, 0.0)
-        probability = promised.new_zeros(len(x), self.classes)
-        probability.scatter_reduce_(1, self.y.expand(len(x), -1), promised, "amax")
-        probability /= probability.sum(1, keepdim=True).clamp(min=1)
+        distance = torch.cdist(x, self.x, p=p, compute_mode=self.mode)
+        probability = self._promised(distance <= self.graph.radius)
+        # A move to the boundary is rounded to one side or the other. Balls that x misses by no more get what is left over, so
+        # that the promises of the balls around x stay whole.
+        rounding = 1e-5 * self.graph.epsilon + 1e-6 * torch.linalg.vector_norm(x, ord=p, dim=1, keepdim=True)
+        wanted = (self._promised(distance <= self.graph.radius + rounding) - probability).clamp(min=0)
+        left = 1 - probability.sum(1, keepdim=True)
+        probability += wanted * (left / wanted.sum(1, keepdim=True).clamp(min=1e-300)).clamp(0, 1)
         nearest = self.y[distance.argmin(1)]
-        return probability.scatter_add_(1, nearest[:, None], 1 - probability.sum(1, keepdim=True))
+        left = (1 - probability.sum(1, keepdim=True)).clamp(min=0)
+        return probability.scatter_add_(1, nearest[:, None], left)
+
+    def _promised(self, inside: Tensor) -> Tensor:
+        """Per class the largest guarantee among the points whose balls hold x; in all at most 1."""
+        promised = torch.where(inside, self.guarantee, 0.0)
+        probability = promised.new_zeros(len(inside), self.classes)
+        probability.scatter_reduce_(1, self.y.expand(len(inside), -1), promised, "amax")
+        return probability / probability.sum(1, keepdim=True).clamp(min=1)

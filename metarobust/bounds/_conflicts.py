@@ -48,6 +48,7 @@ class ConflictGraph:
 
     def overfull(self, potential: np.ndarray, largest: int, most: int) -> Overfull:
         r"""Every feasible set S of 3 to ``largest`` points with :math:`\sum_{i \in S} q_i > 1`, of at most ``most`` candidates.
+        Points of potential 0 are left out of the sets.
 
         Sets grow by falling potential. A set with sum over 1 that has at most ``largest`` points in the end satisfies, at every
         prefix of m points with last potential q, ``sum + (largest - m) q > 1``: nothing else needs to be looked at. Prefixes of
@@ -82,13 +83,17 @@ class ConflictGraph:
                 square[:, a, b] = square[:, b, a] = (found * self.points.unit) ** 2
         return square
 
-    def fits(self, sets: np.ndarray, square: np.ndarray | None = None) -> np.ndarray:
-        """Whether each clique ``[sets, size]`` is feasible; near the radius distances are computed again in float64."""
+    def fits(self, sets: np.ndarray, square: np.ndarray) -> np.ndarray:
+        """Whether each clique ``[sets, size]`` is feasible, from the squared distances of its pairs.
+
+        Near the radius these are computed again, in float64.
+        """
         if self.norm == "linf" or len(sets) == 0:
             return np.ones(len(sets), dtype=bool)  # boxes that meet pairwise share a point
-        square = self.squares(sets) if square is None else square
-        inside = feasible(square, self.radius * (1 - 1e-5))
-        near = np.flatnonzero(feasible(square, self.radius * (1 + 1e-5)) & ~inside)
+        # A squared radius is a sum of squared distances with weights of at most 1/2 in all: it errs by no more than they do.
+        error = self.pairs.error + 1e-9 * self.radius**2
+        inside = feasible(square, max(self.radius**2 - error, 0.0) ** 0.5) & (error < self.radius**2)
+        near = np.flatnonzero(feasible(square, (self.radius**2 + error) ** 0.5) & ~inside)
         inside[near] = feasible(self.squares(sets[near], precise=True), self.radius)
         return inside
 
@@ -104,8 +109,8 @@ class _Grower:
         self.q = potential[self.order]
         ends = np.stack([rank[graph.pairs.first], rank[graph.pairs.second]])
         self.low, self.high = ends.min(0), ends.max(0)
-        # A pair whose higher end is below what even the best prefix leaves over belongs to no set that is sought.
-        useful = np.flatnonzero(self.q[self.low] + (largest - 1) * self.q[self.high] > 1 + VIOLATION)
+        # Only the two largest of a set must nearly fill it: between later members pairs of small potentials count as well.
+        useful = np.flatnonzero(self.q[self.high] > 0)
         by_rank = useful[np.lexsort((self.high[useful], self.low[useful]))]
         self.low, self.high, self.distance = self.low[by_rank], self.high[by_rank], graph.pairs.distance[by_rank]
         self.begin = np.searchsorted(self.low, np.arange(len(rank) + 1))

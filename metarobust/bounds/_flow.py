@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array, csr_matrix
-from scipy.sparse.csgraph import connected_components, maximum_bipartite_matching, maximum_flow
+from scipy.sparse.csgraph import connected_components, maximum_flow
 
 MOST_FLOW = 2**31 - 1
-REFINEMENTS = 3
+MOST_SCALED = 2**30 - 1  # where an arc and its reverse both have a capacity, scipy adds them up in 32 bits
+REFINEMENTS = 6
 ROUNDING = 1e-13  # of a total mass of 1; flows are exact multiples of more than that, or of a refinement's last digits
 
 
@@ -44,10 +45,9 @@ def pair_bound(first: np.ndarray, second: np.ndarray, weight: np.ndarray, count:
         return PairBound(np.zeros(0), potential)
     inside, ends = np.unique(np.concatenate([first, second]), return_inverse=True)  # only points with a pair enter
     i, j = ends[: len(first)], ends[len(first) :]
-    if count is not None and count[inside].max() == 1:
-        flow = _matching(i, j, len(inside)) / count.sum()
-    elif count is not None and count[inside].sum() < MOST_FLOW:
-        flow = _integer_flow(i, j, count[inside]) / count.sum()
+    if count is not None and count[inside].sum() < MOST_FLOW:
+        capacity = count[inside]
+        flow = _max_flow(i, j, capacity, capacity, None) / count.sum()
     else:
         flow = _scaled_flow(i, j, weight[inside])
     mass = (flow[0] + flow[1]) / 2
@@ -55,55 +55,45 @@ def pair_bound(first: np.ndarray, second: np.ndarray, weight: np.ndarray, count:
     return PairBound(mass, potential)
 
 
-def _matching(i: np.ndarray, j: np.ndarray, nodes: int) -> np.ndarray:
-    """Flow on the arcs ``L_i -> R_j`` and ``L_j -> R_i``, ``[2, pairs]``, when every capacity is 1: Hopcroft and Karp (1973)."""
-    ones = np.ones(2 * len(i), dtype=np.int8)
-    graph = csr_matrix((ones, (np.concatenate([i, j]), np.concatenate([j, i]))), shape=(nodes, nodes))
-    partner = maximum_bipartite_matching(graph, perm_type="column")
-    return np.stack([partner[i] == j, partner[j] == i]).astype(np.float64)
-
-
-def _integer_flow(i: np.ndarray, j: np.ndarray, capacity: np.ndarray) -> np.ndarray:
-    return _max_flow(i, j, capacity, capacity, None).astype(np.float64)
-
-
 def _scaled_flow(i: np.ndarray, j: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Real capacities: integer flows at a growing scale, each on the residual graph of those before.
+    """Real capacities: integer flows in finer and finer units, each on the residual graph of those before.
 
-    One round leaves an error of at most ``nodes / 2**31``; the next rounds share out what the rounding left over.
+    Rounding the capacities down to units leaves a round short of the maximum by less than one unit per node of the cover. The
+    next round carries no more than that, whatever larger capacities are left, so its units may be as much smaller.
     """
     nodes = len(weight)
     flow = np.zeros((2, len(i)))
+    short = float(weight.sum())
     for _ in range(REFINEMENTS):
+        scale = 2.0 ** np.floor(np.log2(MOST_SCALED / short))  # a power of 2: what flows already is whole in the new units
         out = weight - np.bincount(i, flow[0], nodes) - np.bincount(j, flow[1], nodes)
         into = weight - np.bincount(j, flow[0], nodes) - np.bincount(i, flow[1], nodes)
-        left = min(out.clip(0).sum(), into.clip(0).sum())
-        if left <= 1e-13:
-            break
-        scale = (MOST_FLOW - 1) / max(out.clip(0).sum(), into.clip(0).sum())
-        supply, demand = (np.floor(v.clip(0) * scale).astype(np.int64) for v in (out, into))
-        back = np.floor(np.minimum(flow * scale, MOST_FLOW)).astype(np.int64)
+        supply, demand, back = (np.floor((v * scale).clip(0, MOST_SCALED)).astype(np.int64) for v in (out, into, flow))
         flow = np.maximum(flow + _max_flow(i, j, supply, demand, back) / scale, 0)
+        short = 2 * nodes / scale
+        if short <= ROUNDING:
+            break
     return flow
 
 
 def _max_flow(i: np.ndarray, j: np.ndarray, supply: np.ndarray, demand: np.ndarray, back: np.ndarray | None) -> np.ndarray:
     """A maximum integer flow through the double cover; ``back`` is what flows already and may be taken back, per arc."""
-    nodes, pairs = len(supply), len(i)
-    source, sink = 2 * nodes, 2 * nodes + 1
+    nodes, most = len(supply), MOST_FLOW if back is None else MOST_SCALED
+    source, sink, start = 2 * nodes, 2 * nodes + 1, 2 * nodes + 2
     every = np.arange(nodes)
-    tail = [i, j, np.full(nodes, source), every + nodes]
-    head = [j + nodes, i + nodes, every, np.full(nodes, sink)]
-    capacity = [np.full(2 * pairs, MOST_FLOW), supply, demand]
+    tail = [i, j, np.full(nodes, source), every + nodes, np.array([start])]
+    head = [j + nodes, i + nodes, every, np.full(nodes, sink), np.array([source])]
+    capacity = [np.full(2 * len(i), most), supply, demand, np.array([most])]  # the last arc keeps the total in range
     if back is not None:
         tail += [j + nodes, i + nodes]
         head += [i, j]
         capacity += [back.ravel()]
     tails, heads = np.concatenate(tail), np.concatenate(head)
     graph = csr_array(
-        coo_array((np.concatenate(capacity).astype(np.int32), (tails, heads)), shape=(2 * nodes + 2, 2 * nodes + 2))
+        coo_array((np.concatenate(capacity).astype(np.int32), (tails, heads)), shape=(2 * nodes + 3, 2 * nodes + 3))
     )
-    flow = maximum_flow(csr_matrix(graph), source, sink).flow
+    # Dinic's algorithm, also where all capacities are 1: scipy's matching took 5 times as long on 4 million pairs of MNIST.
+    flow = maximum_flow(csr_matrix(graph), start, sink).flow
     return np.stack([_entries(flow, i, j + nodes), _entries(flow, j, i + nodes)])
 
 

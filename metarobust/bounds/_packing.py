@@ -1,7 +1,7 @@
 """Orders 3 and more: the packing linear program, in which only constraints that were broken ever appear."""
 
+import highspy
 import numpy as np
-from scipy.optimize import linprog
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
@@ -9,19 +9,18 @@ from metarobust.bounds._conflicts import VIOLATION, ConflictGraph, Overfull
 from metarobust.bounds._flow import PairBound
 
 MOST_ROWS = 20_000
+TOLERANCE = 1e-10
 
 
 class Packing:
     r"""Maximise :math:`\sum_i w_i q_i` with :math:`0 \le q \le 1` and :math:`\sum_{i \in S} q_i \le 1` for the feasible sets S.
 
     It begins at the order-2 optimum. Connected components without a broken constraint keep their solution; in the others a
-    linear program (HiGHS) holds the pairs that carry mass and the constraints that were broken so far, and is solved until none
-    is broken.
+    linear program holds the pairs that carry mass and the constraints that were broken so far, until none is broken. Each round
+    adds rows, and HiGHS goes on from the last basis by dual simplex.
 
     Attributes:
         potential: ``[points]``, the solution so far.
-        sets: one array ``[sets, size]`` per group of constraints.
-        mass: per group, ``[sets]``, their multipliers: the adversary's masses, up to rounding.
         rounds: linear programs solved.
     """
 
@@ -31,57 +30,87 @@ class Packing:
         n = len(self.weight)
         adjacency = csr_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(n, n))
         self.component = connected_components(adjacency, directed=False)[1]
-        self.potential = start.potential.copy()
+        self.potential, self.rounds = start.potential.copy(), 0
         carrying = start.mass > 0
-        pairs = np.stack(ends, 1)[carrying]
-        self.sets: list[np.ndarray] = [pairs]
-        self.mass: list[np.ndarray] = [start.mass[carrying]]
-        self.rounds = 0
+        self._kept = np.stack(ends, 1)[carrying], start.mass[carrying]  # of the components outside the program
+        self._rows: list[np.ndarray] = []
+        self._variable = np.full(n, -1)
+        self._program: highspy.Highs | None = None
+        self._scale = 1 / self.weight.mean()
 
     def reach(self, order: int, most: int) -> bool:
         """Satisfy every set of at most ``order`` points; False where a search stopped after ``most`` candidates."""
-        active = np.zeros(len(self.weight), dtype=bool)
         while True:
             broken = self.graph.overfull(self.potential, order, most)
-            rows = _worst(broken) + self._broken_pairs()
-            if not any(len(some) for some in rows):
+            rows = [some for some in (*_worst(broken), self._broken_pairs()) if len(some)]
+            if rows:
+                self._solve(rows)
+            if not rows or not broken.complete:
                 return broken.complete
-            for some in rows:
-                active |= np.isin(self.component, self.component[np.unique(some)])
-            self.sets += rows
-            self.mass += [np.zeros(len(some)) for some in rows]
-            self._solve(active)
-            if not broken.complete:
-                return False
 
-    def _broken_pairs(self) -> list[np.ndarray]:
+    def masses(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Constraints, one array ``[sets, size]`` per group, and their multipliers: the adversary's masses, up to rounding."""
+        sets, mass = [self._kept[0], *self._rows], [self._kept[1]]
+        if self._program is not None:
+            # Minimising the negative makes the multipliers of upper bounds negative.
+            multiplier = np.maximum(-np.array(self._program.getSolution().row_dual), 0) / self._scale
+            mass += np.split(multiplier, np.cumsum([len(some) for some in self._rows])[:-1])
+        return sets, mass
+
+    def _broken_pairs(self) -> np.ndarray:
         first, second = self.graph.pairs.first, self.graph.pairs.second
         excess = self.potential[first] + self.potential[second] - 1
         broken = np.flatnonzero(excess > VIOLATION)
         broken = broken[np.argsort(-excess[broken], kind="stable")[:MOST_ROWS]]
-        return [np.stack([first[broken], second[broken]], 1)]
+        return np.stack([first[broken], second[broken]], 1)
 
-    def _solve(self, active: np.ndarray) -> None:
-        """The linear program on the active components; multipliers of constraints outside stay."""
-        variable = np.cumsum(active) - 1
-        inside = [active[sets[:, 0]] for sets in self.sets]
-        rows = [variable[sets[where]] for sets, where in zip(self.sets, inside, strict=True)]
-        lengths = np.concatenate([np.full(len(some), some.shape[1]) for some in rows])
-        indices = np.concatenate([some.ravel() for some in rows])
-        matrix = csr_array(
-            (np.ones(len(indices)), indices, np.concatenate([[0], np.cumsum(lengths)])), shape=(len(lengths), active.sum())
+    def _solve(self, rows: list[np.ndarray]) -> None:
+        """Add the rows, with the components that they reach for the first time, and solve on."""
+        program = self._program = self._program or _quiet_solver()
+        reached = np.isin(self.component, self.component[np.unique(np.concatenate([some.ravel() for some in rows]))])
+        added = np.flatnonzero(reached & (self._variable < 0))
+        self._variable[added] = (self._variable >= 0).sum() + np.arange(len(added))
+        cost = -self._scale * self.weight[added]
+        none = np.zeros(0)
+        program.addCols(
+            len(added),
+            cost,
+            np.zeros(len(added)),
+            np.ones(len(added)),
+            0,
+            np.zeros(len(added), np.int32),
+            none.astype(np.int32),
+            none,
         )
-        weight = self.weight[active]
-        scale = 1 / weight.mean()
-        options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-        found = linprog(-scale * weight, A_ub=matrix, b_ub=np.ones(len(lengths)), bounds=(0, 1), method="highs", options=options)
-        if not found.success:
-            raise RuntimeError(f"the linear program of the bound failed: {found.message}")
+        pairs, mass = self._kept
+        inside = self._variable[pairs[:, 0]] >= 0 if len(pairs) else np.zeros(0, dtype=bool)
+        self._kept = pairs[~inside], mass[~inside]
+        for some in (pairs[inside], *rows):
+            count, size = some.shape
+            if count:
+                starts = np.arange(0, count * size, size, dtype=np.int32)
+                columns = self._variable[some].astype(np.int32).ravel()
+                free = np.full(count, -highspy.kHighsInf)
+                program.addRows(count, free, np.ones(count), count * size, starts, columns, np.ones(count * size))
+                self._rows.append(some)
+        program.run()
+        status = program.getModelStatus()
+        if status != highspy.HighsModelStatus.kOptimal:
+            raise RuntimeError(f"the linear program of the bound ended without an optimum: {status}")
         self.rounds += 1
-        self.potential[active] = found.x
-        multiplier = np.maximum(-found.ineqlin.marginals, 0) / scale
-        for mass, where in zip(self.mass, inside, strict=True):
-            mass[where], multiplier = multiplier[: where.sum()], multiplier[where.sum() :]
+        inside = self._variable >= 0
+        self.potential[inside] = np.clip(np.array(program.getSolution().col_value)[self._variable[inside]], 0, 1)
+
+
+def _quiet_solver() -> highspy.Highs:
+    solver = highspy.Highs()
+    for name, value in {
+        "output_flag": False,
+        "primal_feasibility_tolerance": TOLERANCE,
+        "dual_feasibility_tolerance": TOLERANCE,
+    }.items():
+        solver.setOptionValue(name, value)
+    return solver
 
 
 def _worst(broken: Overfull) -> list[np.ndarray]:

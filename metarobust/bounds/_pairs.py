@@ -1,5 +1,6 @@
 """Which points of different classes lie within a radius of each other: an exact list, found without comparing all coordinates."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,25 +14,30 @@ from metarobust.bounds._points import Points
 MOST_PAIRS = 50_000_000
 ROWS, COLUMNS = 4096, 8192
 SAMPLE = 1024
-EXACT_COST = 20.0  # comparing two whole points, over one multiply-add of the filter per dimension of a point
+LONG = 4096
+EXACT_COST = 5.0  # comparing two whole points, over one multiply-add of the filter per dimension of a point
 
 
 class Pairs(NamedTuple):
-    """Pairs of points with different labels, ``first < second``, sorted; ``distance`` in input units, float64."""
+    """Pairs of points with different labels, ``first < second``, sorted; ``distance`` in input units, float64.
+
+    ``error`` bounds the error of a squared distance; distances near a threshold that was named have none.
+    """
 
     first: np.ndarray
     second: np.ndarray
     distance: np.ndarray
+    error: float
 
     def within(self, radius: float) -> "Pairs":
         """The pairs at most ``radius`` apart."""
         near = self.distance <= radius
-        return Pairs(self.first[near], self.second[near], self.distance[near])
+        return Pairs(self.first[near], self.second[near], self.distance[near], self.error)
 
     def sorted(self) -> "Pairs":
         """By first point, then by second."""
         order = np.lexsort((self.second, self.first))
-        return Pairs(self.first[order], self.second[order], self.distance[order])
+        return Pairs(self.first[order], self.second[order], self.distance[order], self.error)
 
 
 class Filter(Protocol):
@@ -54,26 +60,56 @@ def pairs_within(points: Points, norm: str, radius: float, thresholds: Sequence[
     """
     reach = radius * (1 + 4 * points.rounding) / points.unit
     passes: Filter = (_ProjectionFilter if norm == "l2" else _LevelFilter)(points, reach)
+    measure = _Measure(points, norm, reach)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     total = 0
     for rows, columns in _blocks(points.y):
-        near = passes.candidates(rows, columns).nonzero().to(torch.int32)
-        first, second = near[:, 0] + rows.start, near[:, 1] + columns.start
-        distance = distances(points.x, first, second, norm)
-        close = (distance <= reach * (1 + 1e-5)).nonzero().squeeze(1)
-        found.append((first[close].cpu(), second[close].cpu(), distance[close].cpu()))
+        near = passes.candidates(rows, columns).nonzero()
+        square = measure.squares(rows, columns, near)
+        close = (square <= reach**2 + measure.error).nonzero().squeeze(1)
+        first, second = (near[close] + near.new_tensor([rows.start, columns.start])).to(torch.int32).cpu().unbind(1)
+        found.append((first, second, square[close].double().cpu()))
         total += len(close)
         if total > MOST_PAIRS:
             remedy = "the bound is near its ceiling there: choose a smaller epsilon or fewer points"
             raise ValueError(message("epsilon", "small enough for 50 million conflicting pairs", f"{total} and more", remedy))
-    first, second, distance = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else _nothing()
-    exact = distance.double()
-    for threshold in {radius, *thresholds}:
-        band = (distance - threshold / points.unit).abs() <= 2e-5 * threshold / points.unit
-        rows = band.nonzero().squeeze(1)
+    first, second, square = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else _nothing()
+    exact = square.clamp(min=0).sqrt()
+    for threshold in {radius / points.unit, *(threshold / points.unit for threshold in thresholds)}:
+        rows = ((square - threshold**2).abs() <= measure.error).nonzero().squeeze(1)
         exact[rows] = distances(points.x, first[rows], second[rows], norm, precise=True).cpu()
-    pairs = Pairs(first.numpy(), second.numpy(), exact.numpy() * points.unit)
+    pairs = Pairs(first.numpy(), second.numpy(), exact.numpy() * points.unit, measure.error * points.unit**2)
     return pairs.within(radius * (1 + 2 * points.rounding)).sorted()
+
+
+class _Measure:
+    """Squared distances of the candidates of a block, off by at most ``error``, in units of ``x``.
+
+    On a CPU the l2 ones come from one sampled matrix product, which reads each point from the cache instead of copying it per
+    pair. Where rounding would then hide too much (points far from each other and from their mean, or reduced precision), and for
+    l_inf, the pairs are gathered and subtracted.
+    """
+
+    def __init__(self, points: Points, norm: str, reach: float) -> None:
+        self.x, self.norm, self.error = points.x, norm, 4e-5 * reach**2
+        self.sampled = norm == "l2" and points.x.device.type == "cpu" and not _products_are_reduced()
+        if self.sampled:
+            self.centred = points.x - points.x.mean(0)
+            self.square = self.centred.square().sum(1)
+            error = 6 * (points.x.shape[1] + 8) * torch.finfo(points.x.dtype).eps / 2 * self.square.max().item()
+            self.sampled = error <= 1e-2 * reach**2
+            self.error = error if self.sampled else self.error
+
+    def squares(self, rows: slice, columns: slice, near: Tensor) -> Tensor:
+        if not self.sampled:
+            return distances(self.x, near[:, 0] + rows.start, near[:, 1] + columns.start, self.norm).square()
+        left, right = self.centred[rows], self.centred[columns]
+        crow = torch.searchsorted(near[:, 0].contiguous(), torch.arange(len(left) + 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # says that sparse tensors are in beta
+            pattern = torch.sparse_csr_tensor(crow, near[:, 1].contiguous(), left.new_zeros(len(near)), (len(left), len(right)))
+            product = torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        return product.mul_(-2).add_(self.square[rows][near[:, 0]]).add_(self.square[columns][near[:, 1]])
 
 
 def distances(x: Tensor, first: Tensor, second: Tensor, norm: str, *, precise: bool = False) -> Tensor:
@@ -85,13 +121,15 @@ def distances(x: Tensor, first: Tensor, second: Tensor, norm: str, *, precise: b
     parts = []
     for i, j in zip(first.split(at_once), second.split(at_once), strict=True):
         difference = x.index_select(0, i).to(dtype).sub_(x.index_select(0, j).to(dtype))
-        parts.append(torch.linalg.vector_norm(difference, ord=order, dim=1))
+        # A running sum of 100,000 equal squares in float32 is off by more than the band that is computed again: sum by parts.
+        lengths = [torch.linalg.vector_norm(part, ord=order, dim=1) for part in difference.split(LONG, 1)]
+        parts.append(lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(lengths), ord=order, dim=0))
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=dtype)
 
 
 def _nothing() -> tuple[Tensor, Tensor, Tensor]:
     none = torch.zeros(0, dtype=torch.int32)
-    return none, none, torch.zeros(0)
+    return none, none, torch.zeros(0, dtype=torch.float64)
 
 
 def _blocks(y: np.ndarray) -> Iterator[tuple[slice, slice]]:
@@ -129,18 +167,30 @@ class _ProjectionFilter:
         square = z.square().sum(1, keepdim=True)
         one = torch.ones_like(square)
         self.left, self.right = torch.cat([z.mul(-2), square, one], 1), torch.cat([z, one, square], 1)
-        # The rounding of a dot product of m terms is at most m u times the product of the lengths, u the unit roundoff; the
-        # projection's own rounding is smaller. TF32 and bfloat16 products, where the user has allowed them, have a larger u.
+        # The rounding of a dot product of m terms is at most m u times the product of the lengths, u the unit roundoff: here
+        # 4 + 2 squared lengths, for the product and for the squares in it; the projection's own rounding is smaller. TF32 and
+        # bfloat16 products, where the user has allowed them, have a larger u. A length left out is the root of a difference of
+        # squares, so what these lose in float64 counts by its root.
         unit = torch.finfo(x.dtype).eps / 2
-        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        if x.dtype == torch.float32 and _products_are_reduced():
             unit = 2.0**-8
-        self.limit = reach**2 + 4 * (self.left.shape[1] + 8) * unit * square.max().item()
+        longest = square.max().item()
+        lost = (4 * (x.shape[1] + 8) * torch.finfo(torch.float64).eps * longest) ** 0.5
+        self.limit = (reach + lost) ** 2 + 6 * (self.left.shape[1] + 8) * unit * longest
         self.buffer = x.new_empty(ROWS * COLUMNS)
 
     def candidates(self, rows: slice, columns: slice) -> Tensor:
         left, right = self.left[rows], self.right[columns]
         product = self.buffer[: len(left) * len(right)].view(len(left), len(right))
         return torch.mm(left, right.T, out=product) <= self.limit
+
+
+def _products_are_reduced() -> bool:
+    """Whether the user allows float32 matrix products in TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set through `fp32_precision` of a backend, after which this question is no longer answered
+        return True
 
 
 def _principal_directions(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Points(NamedTuple):
         x: ``[points, dimensions]``, on the device of the data; 8-bit images in steps of 1, everything else as it came.
         y: ``[points]`` labels, ascending.
         weight: ``[points]`` float64, positive, sum 1.
-        count: ``[points]`` int64 multiples of ``1 / count.sum()`` where the weights are exactly that, otherwise None.
+        copies: ``[points]`` int64, examples merged into each point where all examples weigh the same, otherwise None.
         origin: for each example of the data its point, -1 where the example has weight 0.
         share: for each example its part of the total weight, float64, sum 1.
         unit: input units per unit of ``x``: 1/255 for 8-bit images, otherwise 1.
@@ -29,7 +29,7 @@ class Points(NamedTuple):
     x: Tensor
     y: np.ndarray
     weight: np.ndarray
-    count: np.ndarray | None
+    copies: np.ndarray | None
     origin: np.ndarray
     share: np.ndarray
     unit: float
@@ -66,6 +66,11 @@ def as_points(x: Tensor, y: Tensor, weights: Tensor | None) -> Points:
     rows = rows.float() if rows.element_size() < 4 else rows
     remedy = "find them with x.isfinite().logical_not().nonzero()"
     require(bool(rows.isfinite().all()), "x", "finite", "NaN or infinite values", remedy)
+    require(rows.shape[1] > 0, "x", "of at least one coordinate per example", list(x.shape))
+    low, high = (abs(v.item()) for v in rows.aminmax())
+    size = max(low, high)
+    require(size == 0 or 1e-150 < size < 1e150, "x", "of a size that can be squared", f"values up to {size:.3g}", "rescale x")
+    rows = rows.double() if size > 1e15 or 0 < size < 1e-15 else rows
     weight = _as_weights(weights, len(x))
 
     levels = (rows * 255).round()
@@ -80,16 +85,16 @@ def as_points(x: Tensor, y: Tensor, weights: Tensor | None) -> Points:
     origin = np.where(origin >= 0, rank[origin], -1)
     first = first[by_label]
     merged = np.bincount(origin[origin >= 0], weights=weight[origin >= 0], minlength=len(first))
-    count = None
+    copies = None
     kept = weight[weight > 0]
     if kept.min() == kept.max():
-        count = np.bincount(origin[origin >= 0], minlength=len(first))
-        merged = count.astype(np.float64)
+        copies = np.bincount(origin[origin >= 0], minlength=len(first))
+        merged = copies.astype(np.float64)
     return Points(
         x=rows[torch.from_numpy(first).to(rows.device)].contiguous(),
         y=labels[first],
         weight=merged / merged.sum(),
-        count=count,
+        copies=copies,
         origin=origin,
         share=weight / weight.sum(),
         unit=1 / 255 if is_8_bit else 1.0,

@@ -33,7 +33,7 @@ def classes(graph: ConflictGraph) -> int:
 def solve(graph: ConflictGraph, order: int | str, most_sets: int) -> Solution:
     """Order 2 by maximum flow, then, as far as asked, larger sets by linear programs."""
     points, pairs = graph.points, graph.pairs
-    packing = Packing(graph, pair_bound(pairs.first, pairs.second, points.weight, points.count))
+    packing = Packing(graph, pair_bound(pairs.first, pairs.second, points.weight, points.copies))
     largest, reached = classes(graph), 2
     for size in range(3, (largest if order == "auto" else min(int(order), largest)) + 1):
         if order == "auto":
@@ -47,4 +47,4 @@ def solve(graph: ConflictGraph, order: int | str, most_sets: int) -> Solution:
         if not packing.reach(size, most_sets):
             break
         reached = size
-    return Solution(reached, packing.potential, packing.sets, packing.mass)
+    return Solution(reached, packing.potential, *packing.masses())

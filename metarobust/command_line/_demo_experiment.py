@@ -96,6 +96,15 @@ def pools(seed: int) -> Pools:
     return digits_pools(seed)
 
 
+def bound_on_test(settings: DemoSettings) -> dict[str, Any]:
+    """The best that any classifier can do on the test pool: its risk lies between lower and upper, on these points alone."""
+    from metarobust.bounds import adversarial_risk_bound  # slow to import, and needed once
+
+    test = pools(settings.seed).test
+    bound = adversarial_risk_bound(test.images, test.labels, THREAT_MODEL)
+    return {name: getattr(bound, name) for name in ("lower", "upper", "exact", "order", "examples")}
+
+
 def sample_meta_task(settings: DemoSettings, attack: Attack | None, generator: torch.Generator) -> ClassificationTask:
     """Four copies of a random architecture, each on its own low-data task of 100 to 200 examples of the meta-training pool."""
     names = list(META_ARCHITECTURES)

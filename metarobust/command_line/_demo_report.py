@@ -62,6 +62,7 @@ def build_report(
             "meta_training_pool": len(pools.meta_train),
             "target_pool": len(pools.target),
             "test": len(pools.test),
+            "test_bound": experiment.bound_on_test(settings),
         },
         "settings": asdict(settings)
         | {
@@ -132,6 +133,12 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     shares = ", ".join(f"{report['targets'][t]['gap_closed']:.2f} on the {t.upper()}" for t in experiment.TARGETS)
     print(f"share of the gap to PGD adversarial training closed by the LSTM: {shares}")
+    bound = report["data"]["test_bound"]
+    best = f"{1 - bound['lower']:.3f}" if bound["exact"] else f"between {1 - bound['upper']:.3f} and {1 - bound['lower']:.3f}"
+    lstm = {t: report["targets"][t]["results"]["lstm"]["robust"]["mean"] for t in experiment.TARGETS}
+    below = " and ".join(f"{1 - bound['upper'] - mean:.3f} ({target.upper()})" for target, mean in lstm.items())
+    print(f"best possible robust accuracy on these {bound['examples']} test digits, of a classifier that knows them: {best};")
+    print(f"the LSTM is at least {below} below it, as attacks may miss examples")
     print(f"attack calls while the learned optimizers trained the targets: {report['attack_calls_on_target']}")
     print(f"{report['seconds']:.0f} s; wrote report.json, robust_accuracy.png and meta_optimizer.safetensors to {out}")
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 import tyro
 
 from metarobust import __version__
+from metarobust.command_line._bound import Bound
 from metarobust.command_line._demo import Demo
 from metarobust.command_line._evaluate import Evaluate
 
@@ -16,7 +17,7 @@ from metarobust.command_line._evaluate import Evaluate
 def main(arguments: Sequence[str] | None = None) -> None:
     """Meta-learning robust classifiers through higher-order gradients."""
     verb = _parse(arguments)
-    if not isinstance(verb, (Demo, Evaluate)):
+    if not isinstance(verb, (Demo, Evaluate, Bound)):
         return
     try:
         verb.run()
@@ -33,7 +34,7 @@ def _parse(arguments: Sequence[str] | None) -> object:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                {"demo": Demo, "evaluate": Evaluate, "version": _version},
+                {"demo": Demo, "evaluate": Evaluate, "bound": Bound, "version": _version},
                 prog="metarobust",
                 description=main.__doc__,
                 args=None if arguments is None else list(arguments),

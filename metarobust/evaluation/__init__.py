@@ -1,7 +1,8 @@
 """How robust a model is: attacks run to the per-example worst case, and a report that says how it was found."""
 
+from metarobust.evaluation._distance import DistanceToBound
 from metarobust.evaluation._evaluate import evaluate
 from metarobust.evaluation._reliability import Doubt
 from metarobust.evaluation._report import RobustnessReport
 
-__all__ = ["Doubt", "RobustnessReport", "evaluate"]
+__all__ = ["DistanceToBound", "Doubt", "RobustnessReport", "evaluate"]

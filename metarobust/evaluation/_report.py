@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from metarobust._files import write_atomically
+from metarobust.evaluation._distance import DistanceToBound, distance_to_bound
 from metarobust.evaluation._reliability import Doubt
 
 
@@ -48,6 +49,8 @@ class RobustnessReport:
         seconds: wall time of each stage.
         warnings: reasons to doubt the numbers, each with a remedy.
         versions: of the libraries that computed them.
+        distance_to_bound: the measured robust risk beside the best possible one on the same points, if
+            `with_distance_to_bound` was asked for it.
         inputs: the clean examples ``[n, ...]``. This and the following tensors are on the CPU, in the order of the data, and
             stand neither in the JSON nor in the repr.
         labels: int64 ``[n]``.
@@ -74,6 +77,7 @@ class RobustnessReport:
     seconds: dict[str, float]
     warnings: tuple[Doubt, ...]
     versions: dict[str, str]
+    distance_to_bound: DistanceToBound | None = None
     inputs: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
     clean_predictions: Tensor = field(repr=False)
@@ -90,6 +94,34 @@ class RobustnessReport:
     def robust_by_class(self) -> ClassSummary:
         """Average, worst and spread of the worst-case accuracy over classes."""
         return class_summary(self.per_class_robust)
+
+    def with_distance_to_bound(self, *, order: int | str = "auto") -> "RobustnessReport":
+        """The same report, and in it how far the model is from the best that any classifier can do on these points.
+
+        Computes `metarobust.bounds.adversarial_risk_bound` on the report's own points, norm and epsilon. The measured risk errs
+        below the model's true one, so that with an exact bound the difference is a lower bound of the true distance; see
+        `DistanceToBound`. The bound is for these points alone, the empirical distribution: on few points it may be 0, although
+        no practical classifier gets there.
+
+        Args:
+            order: the largest sets of points that count: 2, 3, ..., or ``"auto"``, until the bound is certified.
+
+        Raises:
+            ValueError: the report is for l1, or more than 50 million pairs of points conflict.
+
+        Example:
+            >>> from metarobust.evaluation import evaluate
+            >>> from metarobust.threat_models import ThreatModel
+            >>> x, y = torch.tensor([[0.3], [0.45], [0.9]]), torch.tensor([0, 1, 1])
+            >>> model = lambda x: torch.cat([0.76 - x, x], 1)
+            >>> report = evaluate(model, (x, y), threat_model=ThreatModel(epsilon=0.1), protocol="quick")
+            >>> distance = report.with_distance_to_bound().distance_to_bound
+            >>> round(distance.risk, 4), round(distance.lower, 4), round(distance.difference, 4)
+            (0.6667, 0.3333, 0.3333)
+        """
+        risk = 1 - self.worst_case_accuracy
+        distance = distance_to_bound(self.inputs, self.labels, risk, self.settings, order=order)
+        return dataclasses.replace(self, distance_to_bound=distance)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text; written to ``path`` too, atomically, when one is given. NaN becomes null."""
@@ -168,6 +200,8 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, Doubt):
         return {"check": value.check, "reason": value.reason, "remedy": value.remedy}
+    if isinstance(value, DistanceToBound):
+        return value.as_dict()
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     if isinstance(value, dict):

@@ -40,6 +40,8 @@ def print_report(report: "RobustnessReport") -> None:
 
     low, high = report.worst_case_interval
     console.print(Text(f"worst case {report.worst_case_accuracy:.3f}, 95 % interval {low:.3f} to {high:.3f}", "bold"))
+    if report.distance_to_bound is not None:
+        console.print(Text(report.distance_to_bound.sentence()))
     console.print(Text(f"per class, clean:  {_classes_text(report.clean_by_class)}"))
     console.print(Text(f"per class, robust: {_classes_text(report.robust_by_class)}"))
     if not settings["checked_examples"]:

@@ -1,0 +1,87 @@
+"""Reports of ``metarobust evaluate`` beside a bound: what may be compared, and what the comparison says."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from metarobust.bounds import RiskBound
+
+
+class ModelReport(NamedTuple):
+    """What a bound is compared with: ``risk`` is the robust risk that the attacks found, ``1 - worst_case_accuracy``."""
+
+    name: str
+    epsilon: float
+    risk: float
+    examples: int
+
+    def on_other_points(self, bounds: Sequence["RiskBound"]) -> bool:
+        """Whether the number of examples alone gives away that the points differ; a report does not name its data."""
+        return self.examples != bounds[0].examples
+
+    def bound(self, bounds: Sequence["RiskBound"]) -> "RiskBound | None":
+        """The best lower end that holds at the report's epsilon: the optimal risk grows with the radius."""
+        below = [] if self.on_other_points(bounds) else [b for b in bounds if b.epsilon <= self.epsilon * (1 + 1e-9)]
+        return max(below, key=lambda bound: (bound.lower, bound.epsilon), default=None)
+
+
+def read_reports(text: str | None, norm: str) -> list[ModelReport]:
+    """The reports named in ``--reports``; one sentence for a file that is none, or that no bound in this norm applies to."""
+    paths = [Path(part.strip()) for part in (text or "").split(",") if part.strip()]
+    stems = [path.stem for path in paths]
+    return [
+        _read(path, path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")), norm)
+        for path in dict.fromkeys(paths)
+    ]
+
+
+def _read(path: Path, name: str, norm: str) -> ModelReport:
+    if not path.is_file():
+        raise FileNotFoundError(f"--reports must name files that exist, got {path}")
+    try:
+        content = json.loads(path.read_text())
+        settings, of = content["settings"], content["settings"]["norm"]
+        epsilon, lower, upper = (float(settings[key]) for key in ("epsilon", "lower", "upper"))
+        report = ModelReport(name, epsilon, 1 - float(content["worst_case_accuracy"]), int(content["examples"]))
+    except (ValueError, KeyError, TypeError) as error:
+        expected = "reports that metarobust evaluate --json wrote"
+        raise ValueError(f"--reports must be {expected}, got {path} ({type(error).__name__}: {error})") from error
+    if of != norm:
+        raise ValueError(f"--reports must be of the bound's norm, {norm}, got {path}, which is of {of}; pass --norm {of}")
+    if (lower, upper) != (0, 1):
+        got = f"{path} with the box [{lower:g}, {upper:g}]"
+        raise ValueError(
+            f"--reports must be of inputs in [0, 1], as the bound's points are, got {got}; its epsilon has other units"
+        )
+    return report
+
+
+def doubts(reports: Sequence[ModelReport], bounds: Sequence["RiskBound"]) -> list[str]:
+    """What does not fit together, one sentence each."""
+    found = []
+    for report in reports:
+        bound = report.bound(bounds)
+        if report.on_other_points(bounds):
+            found.append(
+                f"{report.name} was measured on {report.examples} examples, the bound is for {bounds[0].examples} points: "
+                "they say nothing about each other"
+            )
+        elif bound is not None and report.risk < bound.lower - 1e-6:
+            found.append(
+                f"{report.name} has a measured robust risk of {report.risk:.4f} at epsilon {report.epsilon:g}, below the "
+                f"{bound.lower:.4f} of every classifier on these points: its attacks missed examples, or its points are others"
+            )
+    return found
+
+
+def rows(reports: Sequence[ModelReport], bounds: Sequence["RiskBound"]) -> list[dict[str, Any]]:
+    """For JSON: each report with the lower bound that holds at its epsilon, and the difference."""
+    found = []
+    for report in reports:
+        bound = report.bound(bounds)
+        lower, at = (None, None) if bound is None else (bound.lower, bound.epsilon)
+        difference = None if lower is None else report.risk - lower
+        found.append(report._asdict() | {"lower_bound": lower, "lower_bound_at": at, "difference": difference})
+    return found

@@ -1,0 +1,202 @@
+"""What ``metarobust bound`` does once its flags are read: points, bounds, table, files."""
+
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy
+import torch
+
+from metarobust import __version__
+from metarobust._files import write_atomically
+from metarobust.bounds import RiskBound, plot_curve, risk_curve
+from metarobust.command_line._bound_reports import ModelReport, doubts, rows
+from metarobust.command_line._demo import writable_folder
+from metarobust.command_line._evaluate_run import _device, say
+from metarobust.data import LabelledImages, load, load_npz
+
+if TYPE_CHECKING:
+    from metarobust.command_line._bound import Bound
+
+SCOPE = "The bound is for these points (the empirical distribution), not for the population that they come from."
+COLUMNS = ("epsilon", "lower", "upper", "exact", "order", "pairs", "ties", "seconds")
+
+
+def run_bound(
+    flags: "Bound",
+    *,
+    epsilons: list[float],
+    order: int | str,
+    classes: list[int] | None,
+    reports: Sequence[ModelReport],
+) -> None:
+    """Read the points, bound, print, write."""
+    device = _device(flags.device)
+    points = read_points(flags, classes)
+    out = writable_folder(flags.out)
+    doing = f"close pairs among {len(points):,} points, then {len(epsilons)} bounds"
+    with warnings.catch_warnings(record=True) as warned, _busy(doing):
+        warnings.simplefilter("always", UserWarning)
+        try:
+            bounds = risk_curve(
+                points.images.to(device),
+                points.labels.to(device),
+                norm=flags.norm,
+                epsilons=epsilons,
+                order=order,
+                method=flags.method,
+                closed=flags.closed,
+                most_sets=flags.most_sets,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--device must have room for the points, {device} has not; pass --device cpu") from error
+    title = _title(flags, points, classes)
+    _print(title, bounds, reports)
+    sentences = [*dict.fromkeys(str(warning.message) for warning in warned), *doubts(reports, bounds)]
+    for sentence in sentences:
+        say(sentence)
+    content = {
+        "scope": SCOPE,
+        "data": {
+            "name": Path(flags.data).name,
+            "part": None if flags.data.endswith(".npz") else flags.part or "test",
+            "classes": classes,
+            "examples": len(points),
+        },
+        "settings": {
+            "norm": flags.norm,
+            "epsilons": epsilons,
+            "order": order,
+            "method": flags.method,
+            "closed": flags.closed,
+            "most_sets": flags.most_sets,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        },
+        "bounds": [bound.as_dict() | {"best_robust_accuracy": 1 - bound.lower} for bound in bounds],
+        "models": rows(reports, bounds),
+        "doubts": sentences,
+        "versions": {
+            "metarobust": __version__,
+            "torch": torch.__version__,
+            "scipy": scipy.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(out / "bounds.json", lambda path: path.write_text(text))
+    table = _markdown(title, bounds, reports, sentences)
+    write_atomically(out / "bounds.md", lambda path: path.write_text(table))
+    names = [report.name + (", on other points" if report.on_other_points(bounds) else "") for report in reports]
+    models = [(name, report.epsilon, report.risk) for name, report in zip(names, reports, strict=True)]
+    plot_curve(bounds, out / "bounds.png", models=models)
+    print(f"wrote bounds.json, bounds.md and bounds.png to {out}")
+
+
+def read_points(flags: "Bound", classes: list[int] | None) -> LabelledImages:
+    """The part of the named data set or the .npz file, cut to the classes and then to the first ``--examples``."""
+    packed = flags.data.endswith(".npz")
+    try:
+        if packed:
+            data = load_npz(flags.data)
+        else:
+            data = load(flags.data, train=flags.part == "train", root=flags.root, download=flags.download)
+    except FileNotFoundError as error:
+        if packed:
+            raise FileNotFoundError(f"--data must name a file that exists, got {flags.data}") from error
+        remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
+        raise FileNotFoundError(f"--data {flags.data} is not in the data root; {remedy}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"--data {flags.data}: {error.args[0]}") from error
+    kept = torch.arange(len(data))
+    if classes is not None:
+        known = sorted(set(data.labels.tolist()))
+        missing = [label for label in classes if label not in known]
+        if missing:
+            raise ValueError(f"--classes must be among those of the data, {_listed(known)}, got {_listed(missing)}")
+        kept = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
+    if len(kept) == 0:
+        raise ValueError(f"--data must have at least one example, got none in {flags.data}")
+    return data.select(kept[: flags.examples])
+
+
+def _listed(labels: Sequence[int]) -> str:
+    return ", ".join(map(str, labels))
+
+
+@contextmanager
+def _busy(text: str) -> Iterator[None]:
+    """A spinner on standard error while someone watches; how far the work is, nobody knows before the pairs are found."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def _title(flags: "Bound", points: LabelledImages, classes: list[int] | None) -> str:
+    part = "" if flags.data.endswith(".npz") else f", {flags.part or 'test'} part"
+    chosen = "" if classes is None else f", classes {_listed(classes)}"
+    norm = flags.norm.replace("l", "l_", 1)
+    return f"{len(points):,} points of {Path(flags.data).name}{part}{chosen}; {norm}; method {flags.method}"
+
+
+def _cells(bound: RiskBound) -> list[str]:
+    exact = "yes" if bound.exact else "no"
+    seconds = bound.seconds["solution"] + bound.seconds["witnesses"]
+    risks = f"{bound.lower:.6f}", f"{bound.upper:.6f}"
+    return [f"{bound.epsilon:.4g}", *risks, exact, str(bound.order), str(bound.pairs), str(bound.ties), f"{seconds:.2f}"]
+
+
+def _conclusion(bounds: Sequence[RiskBound], reports: Sequence[ModelReport]) -> list[str]:
+    """The bounds in words, and each report beside the bound that holds at its epsilon."""
+    best = (
+        ("" if bound.exact else f"between {1 - bound.upper:.4f} and ") + f"{1 - bound.lower:.4f} at epsilon {bound.epsilon:.4g}"
+        for bound in bounds
+    )
+    said = [f"Best possible robust accuracy on these points (1 - risk): {', '.join(best)}."]
+    for report in reports:
+        bound = report.bound(bounds)
+        other = report.on_other_points(bounds)
+        beside = "measured on other points than the bound's" if other else "no bound was computed up to there"
+        if bound is not None:
+            beside = f"any classifier's is at least {bound.lower:.4f} (bound at epsilon {bound.epsilon:.4g})"
+        said.append(f"{report.name}: measured robust risk {report.risk:.4f} at epsilon {report.epsilon:.4g}; {beside}.")
+    ties = "counted as conflicts" if bounds[0].closed else "not counted as conflicts"
+    said.append(f"Ties are pairs within rounding of 2 epsilon, {ties}.")
+    return [*said, SCOPE]
+
+
+def _print(title: str, bounds: Sequence[RiskBound], reports: Sequence[ModelReport]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(title, "bold"))
+    table = Table(title="adversarial risk of the best possible classifier, between lower and upper", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for bound in bounds:
+        table.add_row(*_cells(bound))
+    console.print(table)
+    console.print(Text(f"looking for close pairs, once for all radii: {bounds[0].seconds['pairs']:.2f} s"))
+    for sentence in _conclusion(bounds, reports):
+        console.print(Text(sentence))
+
+
+def _markdown(title: str, bounds: Sequence[RiskBound], reports: Sequence[ModelReport], sentences: Sequence[str]) -> str:
+    header = [f"# {title}", "", "Adversarial risk of the best possible classifier, between lower and upper.", ""]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_cells(bound)) + " |" for bound in bounds]
+    said = [f"- {sentence}" for sentence in (*_conclusion(bounds, reports), *sentences)]
+    return "\n".join([*header, *lines, "", *said]) + "\n"
