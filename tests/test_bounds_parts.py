@@ -304,19 +304,21 @@ def test_plan_is_exact_for_whatever_multipliers() -> None:
         weight = rng.random(8)
         sets = [np.array(list(itertools.combinations(range(8), size))) for size in (2, 3, 4)]
         mass = [rng.random(len(some)) * (rng.random(len(some)) < 0.3) for some in sets]
-        plan, masses = repaired(sets, mass, weight)
+        plan = repaired(sets, mass, weight)
         covered = np.zeros(8)
-        for members, amount in zip(plan, masses, strict=True):
-            assert amount > 0
-            covered[list(members)] += amount
-            assert any(set(members) <= set(row) for some in sets for row in some.tolist())
+        for of_size, masses in zip(plan.sets, plan.mass, strict=True):
+            for members, amount in zip(of_size.tolist(), masses.tolist(), strict=True):
+                assert amount > 0
+                covered[members] += amount
+                assert any(set(members) <= set(row) for some in sets for row in some.tolist())
         np.testing.assert_allclose(covered, weight, atol=1e-14)
 
 
 def test_plan_keeps_what_is_right_already() -> None:
-    plan, mass = repaired([np.array([[0, 1], [1, 2]])], [np.array([0.25, 0.25])], np.array([0.25, 0.5, 0.25]))
-    assert plan == [(0, 1), (1, 2)]
-    assert mass.tolist() == [0.25, 0.25]
+    plan = repaired([np.array([[0, 1], [1, 2]])], [np.array([0.25, 0.25])], np.array([0.25, 0.5, 0.25]))
+    assert [sets.tolist() for sets in plan.sets] == [[[0, 1], [1, 2]]]
+    assert [mass.tolist() for mass in plan.mass] == [[0.25, 0.25]]
+    assert plan.total == 0.5
 
 
 # Enclosing balls

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metarobust.bounds._conflicts import ConflictGraph
 from metarobust.bounds._enclosing import enclosing_balls
+from metarobust.bounds._plan import Plan
 
 
 class OptimalAttack(NamedTuple):
@@ -44,24 +45,22 @@ class OptimalAttack(NamedTuple):
         return float((self.mass * (1 - right)).sum())
 
 
-def optimal_attack(graph: ConflictGraph, sets: list[tuple[int, ...]], mass: np.ndarray, shape: tuple[int, ...]) -> OptimalAttack:
+def optimal_attack(graph: ConflictGraph, plan: Plan, shape: tuple[int, ...]) -> OptimalAttack:
     """The moves of a transport plan over sets of points."""
     points = graph.points
     x = points.x.double().cpu() * points.unit
-    lengths = np.array([len(members) for members in sets])
-    member = np.concatenate([np.array(members) for members in sets])
-    of_set = np.repeat(np.arange(len(sets)), lengths)
-    positions = torch.empty(len(sets), x.shape[1], dtype=torch.float64)
-    for size in np.unique(lengths):
-        rows = np.flatnonzero(lengths == size)
-        groups = member[np.isin(of_set, rows)].reshape(-1, size)
-        corners = x[torch.from_numpy(groups)]
-        if size <= 2 or graph.norm == "linf":
-            middle = (corners.amin(1) + corners.amax(1)) / 2
+    middles = []
+    for sets in plan.sets:
+        corners = x[torch.from_numpy(sets)]
+        if sets.shape[1] <= 2 or graph.norm == "linf":
+            middles.append((corners.amin(1) + corners.amax(1)) / 2)
         else:
-            where = enclosing_balls(graph.squares(groups, precise=True))[1]
-            middle = torch.einsum("sm,smd->sd", torch.from_numpy(where), corners)
-        positions[torch.from_numpy(rows)] = middle
+            where = enclosing_balls(graph.squares(sets, precise=True))[1]
+            middles.append(torch.einsum("sm,smd->sd", torch.from_numpy(where), corners))
+    positions = torch.cat(middles)
+    mass = np.concatenate(plan.mass)
+    member = np.concatenate([sets.ravel() for sets in plan.sets])
+    of_set = np.repeat(np.arange(len(mass)), np.concatenate([np.full(len(sets), sets.shape[1]) for sets in plan.sets]))
     # Every example moves like the point that it stands for.
     probability = mass[of_set] / points.weight[member]
     examples = np.flatnonzero(points.origin >= 0)
@@ -74,4 +73,4 @@ def optimal_attack(graph: ConflictGraph, sets: list[tuple[int, ...]], mass: np.n
     example = by_point[begin[member[move]] + within]
     likely = probability[move]
     tensors = (example, of_set[move], likely, likely * points.share[example], points.y[member[move]])
-    return OptimalAttack(positions.reshape(len(sets), *shape), *(torch.from_numpy(np.ascontiguousarray(t)) for t in tensors))
+    return OptimalAttack(positions.reshape(len(mass), *shape), *(torch.from_numpy(np.ascontiguousarray(t)) for t in tensors))

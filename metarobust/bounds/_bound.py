@@ -163,7 +163,7 @@ def _bound(
     plan = repaired(solution.sets, solution.mass, points.weight)
     guarantee = _guarantee(graph, solution.potential, most_sets)
     upper = max(1 - float(points.weight @ guarantee), 0.0)
-    lower = min(max(1 - float(plan[1].sum()), 0.0), upper)
+    lower = min(max(1 - plan.total, 0.0), upper)
     sizes = [(some.shape[1], len(some)) for some in solution.sets if some.shape[1] > 2]
     return RiskBound(
         lower=lower,

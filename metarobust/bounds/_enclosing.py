@@ -40,7 +40,7 @@ def enclosing_balls(square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             valid = (solved >= 0).all(1).numpy() & np.isfinite(value) & (value > best)
             best[valid] = value[valid]
             where[valid] = 0
-            where[np.ix_(valid, support)] = solved.numpy()[valid]
+            where[np.flatnonzero(valid)[:, None], list(support)] = solved.numpy()[valid]
     return np.sqrt(best), where
 
 

@@ -1,6 +1,6 @@
 """Order 2 exactly: a maximum flow on the bipartite double cover of the conflict graph, and its most decided minimum cut."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array, csr_matrix
@@ -97,8 +97,8 @@ def _max_flow(i: np.ndarray, j: np.ndarray, supply: np.ndarray, demand: np.ndarr
     return np.stack([_entries(flow, i, j + nodes), _entries(flow, j, i + nodes)])
 
 
-def _entries(matrix: csr_matrix, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """The stored values at the given places; all of them are stored."""
+def _entries(matrix: Any, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """The stored values of a sparse matrix at the given places; all of them are stored."""
     matrix.sort_indices()
     key = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr)) * matrix.shape[1] + matrix.indices
     return matrix.data[np.searchsorted(key, row.astype(np.int64) * matrix.shape[1] + column)]

@@ -1,44 +1,83 @@
 """From multipliers of a solver to an exact transport plan."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+ROUNDING = 1e-12
 
-def repaired(
-    sets: Sequence[np.ndarray], mass: Sequence[np.ndarray], weight: np.ndarray
-) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """Masses under which every point's sets carry exactly its weight: a transport plan, whatever the solver's rounding.
 
-    A point that its sets cover too much leaves some of them (a subset of a feasible set is feasible); what is missing stays at
-    the point itself.
+class Plan(NamedTuple):
+    """Sets of points that meet, with masses; the sets of each point carry exactly its weight.
+
+    Attributes:
+        sets: one array ``[sets, size]`` per size, smallest first; sets of one point stay where they are.
+        mass: per size, ``[sets]``, positive.
     """
-    plan: dict[tuple[int, ...], float] = {}
+
+    sets: list[np.ndarray]
+    mass: list[np.ndarray]
+
+    @property
+    def total(self) -> float:
+        """Mass of all sets: what any classifier can get right at most."""
+        return float(sum(mass.sum() for mass in self.mass))
+
+
+def repaired(sets: Sequence[np.ndarray], mass: Sequence[np.ndarray], weight: np.ndarray) -> Plan:
+    """Masses under which every point's sets carry exactly its weight, whatever the solver's rounding.
+
+    A point that its sets cover too much leaves some of them (a subset of a feasible set is feasible), or, where the excess is
+    rounding, its sets shrink; what is missing stays at the point itself.
+
+    Args:
+        sets: feasible sets, arrays ``[sets, size]`` of different points.
+        mass: per array ``[sets]``; what is not positive is left out.
+        weight: ``[points]``, positive.
+    """
+    groups: dict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    over = _covered([(some, masses.clip(0)) for some, masses in zip(sets, mass, strict=True)], weight) - weight
+    over[over <= ROUNDING * weight] = 0
     for some, masses in zip(sets, mass, strict=True):
-        positive = masses > 0
-        for members, amount in zip(some[positive].tolist(), masses[positive].tolist(), strict=True):
-            key = tuple(sorted(members))
-            plan[key] = plan.get(key, 0.0) + amount
-    covered = _covered(plan, len(weight))
-    over = {int(i): float(covered[i] - weight[i]) for i in np.flatnonzero(covered > weight)}
-    for members, amount in list(plan.items()) if over else []:
-        while amount > 0 and (leaving := [i for i in members if over.get(i, 0) > 0]):
-            part = min(amount, min(over[i] for i in leaving))
-            rest = tuple(i for i in members if i not in leaving)
-            for i in leaving:
-                over[i] -= part
-            plan[members] -= part
+        crowded = (over[some] > 0).any(1) if len(some) else np.zeros(0, dtype=bool)
+        kept = (masses > 0) & ~crowded
+        groups[some.shape[1]].append((some[kept], masses[kept]))
+        for members, amount in _thinned(some[crowded], masses[crowded], over):
+            groups[len(members)].append((np.array([members]), np.array([amount])))
+    joined = [tuple(np.concatenate(parts) for parts in zip(*group, strict=True)) for group in groups.values()]
+    # What still covers too much does so by rounding: its sets give up their share of it.
+    fitting = np.minimum(1, weight / np.maximum(_covered(joined, weight), weight))
+    joined = [(some, masses * fitting[some].min(1)) for some, masses in joined]
+    left = weight - _covered(joined, weight)
+    alone = np.flatnonzero(left > 0)
+    joined.append((alone[:, None], left[alone]))
+    plan: list[tuple[np.ndarray, np.ndarray]] = []
+    for size in sorted({some.shape[1] for some, masses in joined if len(masses)}):
+        of_size = [(some, masses) for some, masses in joined if some.shape[1] == size]
+        plan.append((np.concatenate([some for some, _ in of_size]), np.concatenate([masses for _, masses in of_size])))
+    return Plan([some for some, _ in plan], [masses for _, masses in plan])
+
+
+def _thinned(sets: np.ndarray, mass: np.ndarray, over: np.ndarray) -> list[tuple[list[int], float]]:
+    """The sets, without the points that are covered too much in as much of their mass; ``over`` falls as they leave."""
+    found = []
+    for members, amount in zip(sets.tolist(), mass.tolist(), strict=True):
+        while amount > 0 and (leaving := [i for i in members if over[i] > 0]):
+            part = min(amount, *(over[i] for i in leaving))
             amount -= part
-            if rest:
-                plan[rest] = plan.get(rest, 0.0) + part
-    left = weight - _covered(plan, len(weight))
-    for i in np.flatnonzero(left > 0).tolist():
-        plan[(i,)] = plan.get((i,), 0.0) + float(left[i])
-    kept = {members: amount for members, amount in plan.items() if amount > 0}
-    return list(kept), np.array(list(kept.values()))
+            over[leaving] -= part
+            if rest := [i for i in members if i not in leaving]:
+                found.append((rest, part))
+        if amount > 0:
+            found.append((members, amount))
+    return found
 
 
-def _covered(plan: dict[tuple[int, ...], float], points: int) -> np.ndarray:
-    lengths = [len(members) for members in plan]
-    members = np.fromiter((i for key in plan for i in key), dtype=np.int64, count=sum(lengths))
-    return np.bincount(members, np.repeat(list(plan.values()), lengths), points) if lengths else np.zeros(points)
+def _covered(groups: Sequence[tuple[np.ndarray, ...]], weight: np.ndarray) -> np.ndarray:
+    """Mass of the sets of each point."""
+    covered = np.zeros(len(weight))
+    for some, masses in groups:
+        covered += np.bincount(some.ravel(), np.repeat(masses, some.shape[1]), len(weight))
+    return covered

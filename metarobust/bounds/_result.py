@@ -10,6 +10,7 @@ from torch import Tensor
 from metarobust.bounds._attack import OptimalAttack, optimal_attack
 from metarobust.bounds._classifier import RobustClassifier
 from metarobust.bounds._conflicts import ConflictGraph
+from metarobust.bounds._plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +55,7 @@ class RiskBound:
     seconds: dict[str, float]
     _graph: ConflictGraph = field(repr=False)
     _guarantee: np.ndarray = field(repr=False)
-    _plan: tuple[list[tuple[int, ...]], np.ndarray] = field(repr=False)
+    _plan: Plan = field(repr=False)
     _shape: tuple[int, ...] = field(repr=False)
 
     def classifier(self) -> RobustClassifier:
@@ -63,7 +64,7 @@ class RiskBound:
 
     def attack(self) -> OptimalAttack:
         """Moves within epsilon under which every classifier has at least the risk ``lower``."""
-        return optimal_attack(self._graph, *self._plan, self._shape)
+        return optimal_attack(self._graph, self._plan, self._shape)
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers, for JSON; without the witnesses."""
