@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from metarobust.attacks import APGD, BETA, PGD, Alternating, Square
+from metarobust.bounds import adversarial_risk_bound
 from metarobust.evaluation import evaluate
 from metarobust.losses import margin
 from metarobust.meta_optimizers import LSTMOptimizer, factor_gradients, record_factors
@@ -100,3 +101,28 @@ def test_half_precision_and_compiled_models_evaluate_like_the_plain_one() -> Non
     assert abs(half.worst_case_accuracy - plain.worst_case_accuracy) <= 2 / 16
     assert compiled.clean_accuracy == plain.clean_accuracy
     assert compiled.worst_case_accuracy >= plain.worst_case_accuracy
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("levels", [True, False])
+def test_pairs_are_found_on_the_gpu_and_bounds_agree_with_the_cpu(norm: str, levels: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(600, 6, generator=generator)
+    x = (x * 255).round() / 255 if levels else x
+    y = torch.randint(4, (600,), generator=generator)
+    epsilon = 0.12 if norm == "l2" else 0.08
+    threat_model = ThreatModel(norm=norm, epsilon=epsilon)
+    host, device = (adversarial_risk_bound(x.to(place), y.to(place), threat_model) for place in ("cpu", "cuda"))
+    assert device.pairs == host.pairs > 50
+    assert (device.lower, device.upper) == pytest.approx((host.lower, host.upper), abs=1e-9)
+    assert device.potentials.device.type == "cpu"
+    attack, classifier = device.attack(), device.classifier()
+    assert classifier(x.cuda()).is_cuda
+    assert attack.risk(classifier) == pytest.approx(host.attack().risk(host.classifier()), abs=1e-6)
+
+
+def test_the_pairs_of_many_points_do_not_fill_a_gpu() -> None:
+    x = torch.rand(20_000, 50, generator=torch.Generator().manual_seed(0)).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    adversarial_risk_bound(x, torch.arange(20_000) % 5, ThreatModel(norm="l2", epsilon=0.9), order=2)
+    assert torch.cuda.max_memory_allocated() < 0.8e9  # all distances in float32 take 1.6e9 bytes
