@@ -220,7 +220,7 @@ def test_attacked_classifier_keeps_its_guarantee(norm: str, order: int | str) ->
         everywhere = inside_balls(torch.from_numpy(x), norm, epsilon, np.random.default_rng(seed))
         probability = classifier(everywhere.flatten(0, 1))
         assert (probability >= 0).all()
-        torch.testing.assert_close(probability.sum(1), torch.ones(len(probability), dtype=torch.float64))
+        np.testing.assert_allclose(probability.sum(1), 1, atol=1e-12)
         right = probability.reshape(*everywhere.shape[:2], -1)[torch.arange(len(x)), :, torch.from_numpy(y)].amin(1)
         moved = classifier(attack.positions)[attack.position, attack.label]
         right.scatter_reduce_(0, attack.example, moved, "amin")
@@ -243,7 +243,7 @@ def test_balls_that_nearly_meet_keep_their_promises(norm: str) -> None:
         bound = bound_of(x, [0, 1], norm, 0.5)
         assert bound.upper == 0
         probability = bound.classifier()(torch.tensor([[0.5, 0.0], [0.5 + gap, 0.0]], dtype=torch.float64))
-        torch.testing.assert_close(probability, torch.eye(2, dtype=torch.float64), atol=1e-9, rtol=0)
+        np.testing.assert_allclose(probability, np.eye(2), atol=1e-9)
 
 
 def test_classifier_at_epsilon_0_answers_8_bit_data_in_float32() -> None:
@@ -269,11 +269,21 @@ def test_moves_stay_inside_the_balls_and_add_up(norm: str) -> None:
         assert float(length.max()) <= epsilon * (1 + 2e-9)
         assert float(length.max()) > 0.5 * epsilon
         total = torch.zeros(len(x), dtype=torch.float64).index_add_(0, attack.example, attack.probability)
-        expected = torch.from_numpy((weight > 0).astype(float))
-        torch.testing.assert_close(total, expected, atol=1e-12, rtol=0)
+        np.testing.assert_allclose(total, weight > 0, atol=1e-12)
         share = torch.from_numpy(weight / weight.sum())
-        torch.testing.assert_close(attack.mass, attack.probability * share[attack.example])
+        np.testing.assert_allclose(attack.mass, attack.probability * share[attack.example])
         assert (attack.label == torch.from_numpy(y)[attack.example]).all()
+
+
+@pytest.mark.parametrize(("norm", "place"), [("l2", [0.5, 0.0]), ("linf", [0.5, 0.05])])
+def test_a_crowd_meets_at_the_centre_of_its_ball(norm: str, place: list[float]) -> None:
+    """Three points at an obtuse angle: not at their mean, which one of them cannot reach."""
+    bound = bound_of([[0.0, 0.0], [1.0, 0.0], [0.5, 0.1]], [0, 1, 2], norm, 0.5)
+    assert bound.lower == pytest.approx(2 / 3)
+    attack = bound.attack()
+    met = int(attack.position.bincount(attack.mass).argmax())
+    np.testing.assert_allclose(attack.positions[met], place, atol=1e-12)
+    assert attack.label[attack.position == met].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("order", [2, 3, "auto"])
@@ -330,7 +340,7 @@ def close(bound: RiskBound, other: RiskBound) -> None:
 
 
 @given(problems)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_invariances(case: tuple[int, str, int | str]) -> None:
     seed, norm, order = case
     x, y, weight, epsilon = problem(seed)
@@ -363,7 +373,7 @@ def test_invariances(case: tuple[int, str, int | str]) -> None:
 
 
 @given(problems)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_monotone(case: tuple[int, str, int | str]) -> None:
     seed, norm, order = case
     x, y, weight, _ = problem(seed)
@@ -385,14 +395,13 @@ def test_monotone(case: tuple[int, str, int | str]) -> None:
 # Ties
 
 
-def eight_bit(*levels: float) -> Tensor:
-    return torch.tensor(levels)[:, None] / 255
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_8_bit_ties_in_linf_are_exact_at_every_level(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scaled", ["divided", "multiplied", "divided, then float64", "float64"])
+def test_8_bit_ties_in_linf_are_exact_at_every_level(scaled: str) -> None:
+    every = torch.arange(256).to(torch.float64 if scaled == "float64" else torch.float32)[:, None]
+    every = every * (1 / 255) if scaled == "multiplied" else every / 255
+    every = every.double() if scaled == "divided, then float64" else every
     for apart in (1, 2, 3, 127, 128, 254, 255, *range(11, 250, 16)):
-        x = torch.tensor([[0], [apart]], dtype=dtype) / 255 + 0  # k / 255 in the data's precision
+        x = every[[(255 - apart) // 2, (255 - apart) // 2 + apart]]
         y = torch.tensor([0, 1])
         epsilons = [apart / 2 / 255, (apart - 1e-4) / 2 / 255, (apart + 1e-4) / 2 / 255]
         tie, below, above = risk_curve(x, y, norm="linf", epsilons=epsilons)

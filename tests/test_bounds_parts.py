@@ -1,6 +1,7 @@
 """The parts of the bounds, each against an independent reference: linear programs, enumeration, geometry by coordinates."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,7 +119,7 @@ def check_pair_bound(first: np.ndarray, second: np.ndarray, weight: np.ndarray, 
 def test_flow_equals_the_linear_program(weights: str) -> None:
     rng = np.random.default_rng(0)
     halves = 0
-    for instance in range(100):
+    for instance in range(75):
         points, classes = int(rng.integers(2, 40)), 2 + instance % 4
         x, y, weight = random_instance(rng, points, classes, weights)
         norm = ("l2", "linf")[instance % 2]
@@ -128,7 +129,7 @@ def test_flow_equals_the_linear_program(weights: str) -> None:
         if classes == 2:
             assert np.isin(potential, [0, 1]).all()  # a bipartite graph has a deterministic optimal classifier
         halves += (potential == 0.5).sum()
-    assert halves > 10
+    assert halves > 10 or weights == "wide"
 
 
 @pytest.mark.parametrize("weights", ["unit", "integer", "real"])
@@ -175,7 +176,7 @@ def test_real_weights_of_many_points_are_as_exact_as_whole_ones() -> None:
 def test_bound_equals_the_linear_program_over_all_sets(norm: str, classes: int, points: int) -> None:
     rng = np.random.default_rng(classes + points)
     orders = []
-    for instance in range(12):
+    for instance in range(9):
         x, y, weight = random_instance(rng, points, classes, ("unit", "integer", "real")[instance % 3])
         epsilon = float(rng.uniform(0.3, 1.2))
         share = weight / weight.sum()
@@ -197,12 +198,12 @@ def test_bound_equals_the_linear_program_over_all_sets(norm: str, classes: int, 
 def test_bracket_holds_when_the_search_is_cut_short(norm: str) -> None:
     rng = np.random.default_rng(3)
     brackets: dict[int, list[bool]] = {}
-    for instance in range(16):
+    for instance in range(10):
         x, y = rng.normal(size=(14, 2)), rng.integers(0, 5, 14)
         weight = rng.exponential(size=14) if instance % 2 else np.ones(14)
         epsilon = float(rng.uniform(0.4, 1.0))
         optimum = 1 - packing_optimum(list(feasible_sets(x, y, norm, epsilon, 5)), weight / weight.sum())
-        for most_sets, order in itertools.product((1, 3, 10, 30, 100, 10**6), ("auto", 3, 5)):
+        for most_sets, order in itertools.product((1, 5, 30, 10**6), ("auto", 3, 5)):
             bound = bound_of(x, y, norm, epsilon, weights=weight, most_sets=most_sets, order=order)
             assert bound.lower <= optimum + 1e-9
             assert bound.upper >= optimum - 1e-9
@@ -298,6 +299,25 @@ def test_a_set_of_five_may_be_broken_though_none_of_four_is() -> None:
     assert auto.lower == pytest.approx(1 - packing_optimum(sets, weight), abs=1e-8)
 
 
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_ties_of_sets_are_decided_in_float64(size: int, closed: bool) -> None:
+    """Points far from the mean, where distances from a matrix product in float32 are off by more than the rounding of ties."""
+    rng = np.random.default_rng(12)
+    potential = np.tile([0.5, 0.0], size)
+    for _ in range(8):
+        near = torch.from_numpy(rng.normal(size=(size, 12)) + 30 / math.sqrt(12)).float()
+        exact = enclosing_radius(near.double().numpy())
+        points = as_points(torch.stack([near, -near], 1).flatten(0, 1), torch.arange(size).repeat_interleave(2), None)
+        pairs = pairs_within(points, "l2", 4 * exact, [2 * exact])
+        assert pairs.error > 1e-5 * exact**2
+        for epsilon, inside in ((exact * (1 - 3e-6), False), (exact, closed), (exact * (1 + 3e-6), True)):
+            graph = ConflictGraph(points=points, pairs=pairs, norm="l2", epsilon=epsilon, closed=closed)
+            found = graph.overfull(potential, size, 10**6)
+            assert found.complete
+            assert any(len(sets) for sets in found.sets if sets.shape[1] == size) == inside
+
+
 def test_plan_is_exact_for_whatever_multipliers() -> None:
     rng = np.random.default_rng(7)
     for _ in range(30):
@@ -319,6 +339,15 @@ def test_plan_keeps_what_is_right_already() -> None:
     assert [sets.tolist() for sets in plan.sets] == [[[0, 1], [1, 2]]]
     assert [mass.tolist() for mass in plan.mass] == [[0.25, 0.25]]
     assert plan.total == 0.5
+
+
+def test_plan_gives_up_an_excess_of_rounding_size() -> None:
+    """No set is taken apart for it: all that cover the point shrink a little."""
+    mass = np.array([0.25, 0.25]) * (1 + 5e-13)
+    plan = repaired([np.array([[0, 1], [1, 2]])], [mass], np.array([0.25, 0.5, 0.25]))
+    assert [len(sets) for sets in plan.sets if sets.shape[1] == 2] == [2]
+    assert plan.mass[-1].tolist() == pytest.approx([0.25, 0.25], rel=2e-16)
+    assert plan.total == pytest.approx(0.5, rel=1e-15)
 
 
 # Enclosing balls
@@ -429,8 +458,9 @@ def test_enumeration_of_many_dimensions(norm: str) -> None:
     np.testing.assert_array_equal(np.stack([found.first, found.second], 1), expected)
 
 
-def test_filter_allows_for_the_rounding_of_what_a_projection_leaves_out() -> None:
+def test_filter_allows_for_the_rounding_of_what_a_projection_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Corners of a cube far from the mean: the tiny rest of a vector is lost in its squared length, but ties must pass."""
+    monkeypatch.setattr(_pairs, "EXACT_COST", 1e3)  # so that the eight directions of the corners are projected on
     missed = 0
     for seed in range(6):
         rng = np.random.default_rng(seed)
@@ -491,13 +521,18 @@ def test_points_merge_duplicates_and_keep_what_they_stand_for() -> None:
     assert equal.copies.tolist() == [2, 2, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_8_bit_images_are_recognised_in_their_own_precision(dtype: torch.dtype) -> None:
-    levels = torch.arange(256)
-    points = as_points((levels.to(dtype) / 255)[:, None], torch.zeros(256, dtype=torch.int64), None)
-    assert points.unit == 1 / 255
-    assert points.x.squeeze(1).tolist() == levels.tolist()
-    assert as_points(levels[:, None].to(dtype) / 256, torch.zeros(256, dtype=torch.int64), None).unit == 1
+def test_8_bit_images_are_recognised_however_they_were_scaled() -> None:
+    levels, y = torch.arange(256)[:, None], torch.zeros(256, dtype=torch.int64)
+    single, double = levels.float(), levels.double()
+    scaled = (single / 255, single * (1 / 255), double / 255, double * (1 / 255))
+    for x in (*scaled, scaled[0].double(), scaled[1].double(), scaled[2].float()):
+        points = as_points(x, y, None)
+        assert points.unit == 1 / 255
+        assert torch.equal(points.x, levels.to(x.dtype))
+    for x in (single / 256, single / 255 + 1e-6, -single / 255, single / 254, double / 255 + 1e-8):
+        points = as_points(x, y, None)
+        assert points.unit == 1
+        assert torch.equal(points.x, x)
 
 
 @given(st.integers(0, 10**6))

@@ -23,7 +23,7 @@ class RobustClassifier:
     Example:
         >>> from metarobust.bounds import adversarial_risk_bound
         >>> from metarobust.threat_models import ThreatModel
-        >>> x, y = torch.tensor([[0.0], [0.5], [1.0]]), torch.tensor([0, 1, 1])
+        >>> x, y = torch.tensor([[0.0], [0.4], [0.5], [1.0]]), torch.tensor([0, 1, 1, 1])
         >>> classifier = adversarial_risk_bound(x, y, ThreatModel(norm="l2", epsilon=0.3)).classifier()
         >>> classifier(torch.tensor([[0.25], [0.9]])).tolist()
         [[0.0, 1.0], [0.0, 1.0]]

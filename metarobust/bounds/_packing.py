@@ -34,6 +34,7 @@ class Packing:
         carrying = start.mass > 0
         self._kept = np.stack(ends, 1)[carrying], start.mass[carrying]  # of the components outside the program
         self._rows: list[np.ndarray] = []
+        self._known: set[bytes] = set()
         self._variable = np.full(n, -1)
         self._program: highspy.Highs | None = None
         self._scale = 1 / self.weight.mean()
@@ -42,7 +43,7 @@ class Packing:
         """Satisfy every set of at most ``order`` points; False where a search stopped after ``most`` candidates."""
         while True:
             broken = self.graph.overfull(self.potential, order, most)
-            rows = [some for some in (*_worst(broken), self._broken_pairs()) if len(some)]
+            rows = [some for some in map(self._fresh, (*_worst(broken), self._broken_pairs())) if len(some)]
             if rows:
                 self._solve(rows)
             if not rows or not broken.complete:
@@ -56,6 +57,13 @@ class Packing:
             multiplier = np.maximum(-np.array(self._program.getSolution().row_dual), 0) / self._scale
             mass += np.split(multiplier, np.cumsum([len(some) for some in self._rows])[:-1])
         return sets, mass
+
+    def _fresh(self, sets: np.ndarray) -> np.ndarray:
+        """The sets without those that are rows already: the solver may leave one broken by its tolerance, again and again."""
+        keys = [members.tobytes() for members in np.sort(sets, 1)]
+        fresh = np.array([key not in self._known for key in keys], dtype=bool)
+        self._known.update(keys)
+        return sets[fresh]
 
     def _broken_pairs(self) -> np.ndarray:
         first, second = self.graph.pairs.first, self.graph.pairs.second

@@ -73,10 +73,8 @@ def as_points(x: Tensor, y: Tensor, weights: Tensor | None) -> Points:
     rows = rows.double() if size > 1e15 or 0 < size < 1e-15 else rows
     weight = _as_weights(weights, len(x))
 
-    levels = (rows * 255).round()
-    # The values of torchvision's ToTensor, k / 255 in the data's own precision: distances become integers, ties exact.
-    is_8_bit = bool((rows >= 0).all()) and bool((rows <= 1).all()) and torch.equal(levels / 255, rows)
-    rows = levels if is_8_bit else rows
+    levels = _levels(rows)
+    is_8_bit, rows = levels is not None, rows if levels is None else levels
     labels = y.cpu().numpy()
     origin, first = _merged(rows.cpu().numpy(), labels, weight > 0)
     by_label = np.argsort(labels[first], kind="stable")
@@ -100,6 +98,19 @@ def as_points(x: Tensor, y: Tensor, weights: Tensor | None) -> Points:
         unit=1 / 255 if is_8_bit else 1.0,
         rounding=1e-9 if is_8_bit or rows.dtype == torch.float64 else 1e-6,
     )
+
+
+def _levels(rows: Tensor) -> Tensor | None:
+    """The integers k of 8-bit images, where all values are k / 255: distances become integers, ties exact.
+
+    Torchvision's ``ToTensor`` divides by 255 and its second version multiplies by 1 / 255; either in float32 or float64.
+    """
+    low, high = rows.aminmax()
+    if low < 0 or high > 1:
+        return None
+    levels = (rows * 255).round()
+    ways = (lambda k: k / 255, lambda k: k * (1 / 255), lambda k: k.float() / 255, lambda k: k.float() * (1 / 255))
+    return levels if any(torch.equal(way(levels).to(rows.dtype), rows) for way in ways) else None
 
 
 def _as_weights(weights: Tensor | None, examples: int) -> np.ndarray:
