@@ -593,3 +593,21 @@ def test_a_tiny_search_leaves_a_valid_open_bracket() -> None:
         assert 0.343 - 1e-9 <= bound.lower <= whole.lower + 1e-9
         assert bound.upper >= whole.upper - 1e-7
     assert not bound_of(x, y, "l2", 1.1, most_sets=1).exact
+
+
+def test_the_risk_of_an_attack_wants_probabilities() -> None:
+    x, y = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    attack = adversarial_risk_bound(x, y, ThreatModel(norm="l2", epsilon=0.4)).attack()
+    assert repr(attack) == f"OptimalAttack({len(attack.example)} moves to {len(attack.positions)} positions)"
+    network = torch.nn.Linear(3, 2)
+    right = attack.risk(lambda points: network(points.float()).softmax(1))
+    assert 0 <= right <= 1
+    for wrong in (
+        network,  # float32 parameters, float64 inputs
+        lambda points: network(points.float()),  # logits
+        lambda points: network(points.float()).argmax(1),
+        lambda points: torch.ones(len(points), 1),  # a class is missing
+        lambda points: points.numpy(),
+    ):
+        with pytest.raises(ValueError, match=r"classifier must be a function .*model\(x.float\(\)\).softmax\(1\)"):
+            attack.risk(wrong)

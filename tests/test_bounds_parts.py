@@ -338,7 +338,7 @@ def test_plan_keeps_what_is_right_already() -> None:
     plan = repaired([np.array([[0, 1], [1, 2]])], [np.array([0.25, 0.25])], np.array([0.25, 0.5, 0.25]))
     assert [sets.tolist() for sets in plan.sets] == [[[0, 1], [1, 2]]]
     assert [mass.tolist() for mass in plan.mass] == [[0.25, 0.25]]
-    assert plan.total == 0.5
+    assert plan.risk == 0.5
 
 
 def test_plan_gives_up_an_excess_of_rounding_size() -> None:
@@ -347,7 +347,7 @@ def test_plan_gives_up_an_excess_of_rounding_size() -> None:
     plan = repaired([np.array([[0, 1], [1, 2]])], [mass], np.array([0.25, 0.5, 0.25]))
     assert [len(sets) for sets in plan.sets if sets.shape[1] == 2] == [2]
     assert plan.mass[-1].tolist() == pytest.approx([0.25, 0.25], rel=2e-16)
-    assert plan.total == pytest.approx(0.5, rel=1e-15)
+    assert plan.risk == pytest.approx(0.5, rel=1e-15)
 
 
 # Enclosing balls

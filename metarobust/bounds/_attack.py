@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarobust._checks import message, require
 from metarobust.bounds._conflicts import ConflictGraph
 from metarobust.bounds._enclosing import enclosing_balls
 from metarobust.bounds._plan import Plan
@@ -33,14 +34,32 @@ class OptimalAttack(NamedTuple):
     mass: Tensor
     label: Tensor
 
+    def __repr__(self) -> str:
+        return f"OptimalAttack({len(self.example)} moves to {len(self.positions)} positions)"
+
     def risk(self, classifier: Callable[[Tensor], Tensor]) -> float:
         """Expected error under these moves of a classifier that returns probabilities ``[batch, classes]``.
 
         At least ``lower`` of the bound, for whatever classifier. For a network pass ``lambda x: model(x.float()).softmax(1)``, or
         one-hot predictions.
+
+        Raises:
+            ValueError: the classifier fails on float64 inputs, or returns anything but probabilities.
         """
-        with torch.no_grad():
-            probability = classifier(self.positions)
+        remedy = "for a network that returns logits write attack.risk(lambda x: model(x.float()).softmax(1))"
+        expected = "a function from float64 inputs to probabilities [batch, classes]"
+        try:
+            with torch.no_grad():
+                probability = classifier(self.positions)
+        except RuntimeError as error:
+            raise ValueError(message("classifier", expected, f"one that fails ({error})", remedy)) from error
+        shape = list(getattr(probability, "shape", ())) or type(probability).__name__
+        fits = isinstance(probability, Tensor) and probability.dim() == 2 and len(probability) == len(self.positions)
+        require(
+            fits and probability.shape[1] > int(self.label.max()), "classifier", expected, f"a result of shape {shape}", remedy
+        )
+        sums = bool((probability >= -1e-6).all()) and bool((probability.double().sum(1) - 1).abs().max() < 1e-3)
+        require(sums, "classifier", expected, "rows that are no probabilities of sum 1", remedy)
         right = probability.double().cpu()[self.position, self.label]
         return float((self.mass * (1 - right)).sum())
 

@@ -112,6 +112,8 @@ def risk_curve(
         >>> [round(bound.lower, 4) for bound in risk_curve(x, y, norm="l2", epsilons=[0.1, 0.2, 0.5])]
         [0.0, 0.3333, 0.3333]
     """
+    if isinstance(epsilons, (int, float, str)):
+        raise TypeError(message("epsilons", "a list of radii", repr(epsilons), f"write epsilons=[{epsilons}]"))
     require(len(epsilons) > 0, "epsilons", "at least one radius", "none")
     return _bounds(
         x, y, norm, [float(e) for e in epsilons], order=order, method=method, weights=weights, closed=closed, most_sets=most_sets
@@ -130,7 +132,8 @@ def _bounds(
     closed: bool,
     most_sets: int,
 ) -> list[RiskBound]:
-    require(norm in ("l2", "linf"), "norm", "'l2' or 'linf'", repr(norm), "l1 balls have no such solver here")
+    remedy = "l1 balls have no such solver here" if norm == "l1" else ""
+    require(norm in ("l2", "linf"), "norm", "'l2' or 'linf'", repr(norm), remedy)
     choice("method", method, ("exact", "sinkhorn"))
     if order != "auto":
         integer("order", order, least=2)
@@ -164,8 +167,8 @@ def _bound(
     points = graph.points
     plan = repaired(solution.sets, solution.mass, points.weight)
     guarantee = _guarantee(graph, solution.potential, most_sets)
-    upper = max(1 - float(points.weight @ guarantee), 0.0)
-    lower = min(max(1 - plan.total, 0.0), upper)
+    upper = float(points.weight @ (1 - guarantee))
+    lower = min(plan.risk, upper)
     sizes = [(some.shape[1], len(some)) for some in solution.sets if some.shape[1] > 2]
     return RiskBound(
         lower=lower,

@@ -22,7 +22,8 @@ def plot_curve(
     """Draw the brackets of `risk_curve` against epsilon, and robust risks of models on the same axes.
 
     The optimal risk grows with epsilon, so each lower end holds at every larger radius too: the grey steps are where no
-    classifier gets on these points. A model inside the grey was attacked too weakly, or measured on other points.
+    classifier gets on these points. Each upper end holds at every smaller radius. A model inside the grey was attacked too
+    weakly, or measured on other points.
 
     Args:
         bounds: of one norm, on the same points, in any order.
@@ -64,7 +65,7 @@ def plot_curve(
     axes.set_ylabel("adversarial risk")
     best: Any = axes.secondary_yaxis("right", functions=(_other, _other))
     best.set_ylabel("robust accuracy")
-    axes.set_title(f"Best possible robust accuracy on these {bounds[0].examples:,} points, and on them alone", fontsize=11)
+    axes.set_title(f"Adversarial risk that no classifier beats on these {bounds[0].examples:,} points", fontsize=11)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind))
@@ -77,10 +78,9 @@ def _draw_bounds(axes: Any, bounds: Sequence["RiskBound"], further: Sequence[flo
     end = max([epsilons[-1] + 0.04 * (epsilons[-1] - epsilons[0] or epsilons[-1] or 1.0), *further])
     reach, floor = [*epsilons, end], [*lower, lower[-1]]
     axes.fill_between(reach, 0, floor, step="post", color=GREY, linewidth=0, label="no classifier gets here, on these points")
-    axes.fill_between(epsilons, lower, upper, color=BLACK, alpha=0.25, linewidth=0)
-    # Two lines between the radii guide the eye; what is proven are the marks and the steps.
-    axes.plot(epsilons, lower, color=BLACK, linewidth=1.2, alpha=0.6)
-    axes.plot(epsilons, upper, color=BLACK, linewidth=1.2, alpha=0.6)
+    # The optimal risk grows with epsilon: an upper end holds at every smaller radius, a lower end at every larger one.
+    begin = min([epsilons[0], *further])
+    axes.step([begin, *epsilons], [upper[0], *upper], where="pre", color=BLACK, linewidth=1.0, label="some classifier gets here")
     exact = [bound for bound in bounds if bound.exact]
     if exact:
         at = [bound.epsilon for bound in exact], [bound.lower for bound in exact]

@@ -21,9 +21,9 @@ class Plan(NamedTuple):
     mass: list[np.ndarray]
 
     @property
-    def total(self) -> float:
-        """Mass of all sets: what any classifier can get right at most."""
-        return float(sum(mass.sum() for mass in self.mass))
+    def risk(self) -> float:
+        """Mass that no classifier gets right: of a set of m points that meet, one at most is answered rightly."""
+        return float(sum((sets.shape[1] - 1) * mass.sum() for sets, mass in zip(self.sets, self.mass, strict=True)))
 
 
 def repaired(sets: Sequence[np.ndarray], mass: Sequence[np.ndarray], weight: np.ndarray) -> Plan:

@@ -47,7 +47,7 @@ def _read(path: Path, name: str, norm: str) -> ModelReport:
         report = ModelReport(name, epsilon, 1 - float(content["worst_case_accuracy"]), int(content["examples"]))
     except (ValueError, KeyError, TypeError) as error:
         expected = "reports that metarobust evaluate --json wrote"
-        raise ValueError(f"--reports must be {expected}, got {path} ({type(error).__name__}: {error})") from error
+        raise ValueError(f"--reports must be {expected}, got {path}, which is none") from error
     if of != norm:
         raise ValueError(f"--reports must be of the bound's norm, {norm}, got {path}, which is of {of}; pass --norm {of}")
     if (lower, upper) != (0, 1):

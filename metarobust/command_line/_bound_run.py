@@ -1,6 +1,7 @@
 """What ``metarobust bound`` does once its flags are read: points, bounds, table, files."""
 
 import json
+import math
 import platform
 import sys
 import warnings
@@ -57,7 +58,7 @@ def run_bound(
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device must have room for the points, {device} has not; pass --device cpu") from error
     title = _title(flags, points, classes)
-    _print(title, bounds, reports)
+    _print(title, bounds, reports, order)
     sentences = [*dict.fromkeys(str(warning.message) for warning in warned), *doubts(reports, bounds)]
     for sentence in sentences:
         say(sentence)
@@ -92,7 +93,7 @@ def run_bound(
     }
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(out / "bounds.json", lambda path: path.write_text(text))
-    table = _markdown(title, bounds, reports, sentences)
+    table = _markdown(title, bounds, [*_conclusion(bounds, reports, order), *sentences])
     write_atomically(out / "bounds.md", lambda path: path.write_text(table))
     names = [report.name + (", on other points" if report.on_other_points(bounds) else "") for report in reports]
     models = [(name, report.epsilon, report.risk) for name, report in zip(names, reports, strict=True)]
@@ -157,12 +158,9 @@ def _cells(bound: RiskBound) -> list[str]:
     return [f"{bound.epsilon:.4g}", *risks, exact, str(bound.order), str(bound.pairs), str(bound.ties), f"{seconds:.2f}"]
 
 
-def _conclusion(bounds: Sequence[RiskBound], reports: Sequence[ModelReport]) -> list[str]:
+def _conclusion(bounds: Sequence[RiskBound], reports: Sequence[ModelReport], order: int | str) -> list[str]:
     """The bounds in words, and each report beside the bound that holds at its epsilon."""
-    best = (
-        ("" if bound.exact else f"between {1 - bound.upper:.4f} and ") + f"{1 - bound.lower:.4f} at epsilon {bound.epsilon:.4g}"
-        for bound in bounds
-    )
+    best = (f"{_accuracy(bound)} at epsilon {bound.epsilon:.4g}" for bound in bounds)
     said = [f"Best possible robust accuracy on these points (1 - risk): {', '.join(best)}."]
     for report in reports:
         bound = report.bound(bounds)
@@ -171,12 +169,36 @@ def _conclusion(bounds: Sequence[RiskBound], reports: Sequence[ModelReport]) -> 
         if bound is not None:
             beside = f"any classifier's is at least {bound.lower:.4f} (bound at epsilon {bound.epsilon:.4g})"
         said.append(f"{report.name}: measured robust risk {report.risk:.4f} at epsilon {report.epsilon:.4g}; {beside}.")
-    ties = "counted as conflicts" if bounds[0].closed else "not counted as conflicts"
-    said.append(f"Ties are pairs within rounding of 2 epsilon, {ties}.")
+    said += _remarks(bounds, order)
     return [*said, SCOPE]
 
 
-def _print(title: str, bounds: Sequence[RiskBound], reports: Sequence[ModelReport]) -> None:
+def _accuracy(bound: RiskBound) -> str:
+    """The best accuracy, rounded to the outside where it lies between two numbers."""
+    if bound.exact:
+        return f"{1 - bound.lower:.4f}"
+    return f"between {math.floor(1e4 * (1 - bound.upper)) / 1e4:.4f} and {math.ceil(1e4 * (1 - bound.lower)) / 1e4:.4f}"
+
+
+def _remarks(bounds: Sequence[RiskBound], order: int | str) -> list[str]:
+    """What a reader may wonder at: open brackets, ties, nothing to bound."""
+    said = []
+    if not all(bound.exact for bound in bounds):
+        why = f"sets of more than {order} points were left out: --order auto counts them"
+        if order == "auto":
+            why = "the search for larger sets reached --most-sets: raise it"
+        if bounds[0].method == "sinkhorn":
+            why = "Sinkhorn's are approximate: --method exact closes most"
+        said.append(f"A bracket stays open where {why}.")
+    if any(bound.ties for bound in bounds):
+        ties = "counted as conflicts" if bounds[0].closed else "not counted as conflicts"
+        said.append(f"Ties are pairs within rounding of 2 epsilon, {ties}.")
+    if all(bound.pairs == 0 for bound in bounds):
+        said.append("No two points of different classes are close enough to conflict: nothing is bounded here.")
+    return said
+
+
+def _print(title: str, bounds: Sequence[RiskBound], reports: Sequence[ModelReport], order: int | str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -190,13 +212,12 @@ def _print(title: str, bounds: Sequence[RiskBound], reports: Sequence[ModelRepor
         table.add_row(*_cells(bound))
     console.print(table)
     console.print(Text(f"looking for close pairs, once for all radii: {bounds[0].seconds['pairs']:.2f} s"))
-    for sentence in _conclusion(bounds, reports):
+    for sentence in _conclusion(bounds, reports, order):
         console.print(Text(sentence))
 
 
-def _markdown(title: str, bounds: Sequence[RiskBound], reports: Sequence[ModelReport], sentences: Sequence[str]) -> str:
+def _markdown(title: str, bounds: Sequence[RiskBound], said: Sequence[str]) -> str:
     header = [f"# {title}", "", "Adversarial risk of the best possible classifier, between lower and upper.", ""]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(_cells(bound)) + " |" for bound in bounds]
-    said = [f"- {sentence}" for sentence in (*_conclusion(bounds, reports), *sentences)]
-    return "\n".join([*header, *lines, "", *said]) + "\n"
+    return "\n".join([*header, *lines, "", *(f"- {sentence}" for sentence in said)]) + "\n"
