@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array, csr_matrix
+from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, maximum_flow
 
 MOST_FLOW = 2**31 - 1
@@ -94,11 +94,10 @@ def _max_flow(i: np.ndarray, j: np.ndarray, supply: np.ndarray, demand: np.ndarr
         head += [i, j]
         capacity += [back.ravel()]
     tails, heads = np.concatenate(tail), np.concatenate(head)
-    graph = csr_array(
-        coo_array((np.concatenate(capacity).astype(np.int32), (tails, heads)), shape=(2 * nodes + 3, 2 * nodes + 3))
-    )
+    ends = tails.astype(np.int32), heads.astype(np.int32)  # older scipy takes no other integers
+    graph = csr_matrix((np.concatenate(capacity).astype(np.int32), ends), shape=(2 * nodes + 3, 2 * nodes + 3))
     # Dinic's algorithm, also where all capacities are 1: scipy's matching took 5 times as long on 4 million pairs of MNIST.
-    found: Any = maximum_flow(csr_matrix(graph), start, sink).flow
+    found: Any = maximum_flow(graph, start, sink).flow
     last = found.indptr[nodes]  # what leaves L_0, L_1, ...; few arcs carry anything
     used = np.flatnonzero((found.data[:last] != 0) & (found.indices[:last] >= nodes) & (found.indices[:last] < 2 * nodes))
     tail, head = np.searchsorted(found.indptr, used, side="right") - 1, found.indices[used] - nodes
@@ -127,7 +126,7 @@ def _cut(i: np.ndarray, j: np.ndarray, mass: np.ndarray, weight: np.ndarray) -> 
         (np.array([sink]), np.array([source])),
     ]
     arcs = [*both, *back, *ends]
-    tails, heads = (np.concatenate([arc[end] for arc in arcs]) for end in (0, 1))
+    tails, heads = (np.concatenate([arc[end] for arc in arcs]).astype(np.int32) for end in (0, 1))
     graph = csr_matrix((np.ones(len(tails), dtype=np.int8), (tails, heads)), shape=(2 * nodes + 2, 2 * nodes + 2))
     component = connected_components(graph, directed=True, connection="strong")[1].astype(np.int64)
     # Labels follow a topological order of the components, in one direction or the other: the arc sink -> source tells which.
