@@ -47,6 +47,7 @@ iterations = 5 if quick else 300
 trained = meta_train(LSTMOptimizer(), sample_task, iterations=iterations, total_steps=steps)
 path = save(trained.meta_optimizer, "serban2020_meta_optimizer.safetensors")
 print(f"meta-loss: first 20 iterations {sum(trained.losses[:20]) / len(trained.losses[:20]):.2f}, last {trained.losses[-1]:.2f}")
+print(f"wrote {path}")
 
 # 2. Transfer: an unseen, wider network, 100 clean examples, an ordinary PyTorch loop, no attack.
 target_data = LowDataTasks(dataset=pools.target, examples=100).sample(torch.Generator().manual_seed(1))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MODEL = "a callable from inputs [batch, ...] to logits [batch, classes]"
+
 
 def message(name: str, expected: str, got: Any, remedy: str = "") -> str:
     """One sentence for a bad argument: ``<name> must be <expected>, got <got>; <remedy>``."""
@@ -40,8 +42,50 @@ def finite(name: str, value: Any, *, least: float | None = None, above: float | 
 
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Check that ``value`` is one of the ``allowed`` names."""
-    require(value in allowed, name, "one of " + ", ".join(repr(a) for a in allowed), repr(value))
+    """Check that ``value`` is one of the ``allowed`` names; the sentence knows other spellings, as ``"L_2"`` or ``"Linf"``."""
+    meant = next((a for a in allowed if isinstance(value, str) and _letters(a) == _letters(value)), None)
+    remedy = "" if meant is None else f"write {meant!r}"
+    require(value in allowed, name, "one of " + ", ".join(repr(a) for a in allowed), repr(value), remedy)
+
+
+def _letters(word: str) -> str:
+    return "".join(letter for letter in word.lower() if letter.isalnum())
+
+
+def kind(value: Any) -> str:
+    """What a value is, for ``got``: the dtype of a tensor, otherwise its class."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def tensor_of(name: str, value: Any) -> str:
+    """What to write to get a tensor out of something that is none.
+
+    Example:
+        >>> tensor_of("x", [0.5, 1.0])
+        'write torch.tensor(x)'
+    """
+    # NumPy is recognised by its name: an argument check is no reason to import it.
+    return f"write torch.{'from_numpy' if type(value).__module__ == 'numpy' else 'tensor'}({name})"
+
+
+def model(value: Any) -> None:
+    """Check that ``value`` can be called, as a model is."""
+    if not callable(value):
+        remedy = "build the network and load its weights into it" if isinstance(value, str) else "pass an nn.Module or a function"
+        raise TypeError(message("model", MODEL, repr(value), remedy))
+
+
+def logits(value: Any, *, examples: int) -> Tensor:
+    """What a model returned, if it is one row of logits per example.
+
+    Raises:
+        ValueError: it is no tensor ``[examples, classes]``.
+    """
+    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == examples:
+        return value
+    got = f"an output of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    remedy = "wrap it: lambda x: model(x)[0]" if isinstance(value, (tuple, list)) else ""
+    raise ValueError(message("model", MODEL, f"{got} for {examples} inputs", remedy))
 
 
 def images(x: Tensor, *, lower: float, upper: float, tolerance: float = 1e-6) -> None:
@@ -52,8 +96,8 @@ def images(x: Tensor, *, lower: float, upper: float, tolerance: float = 1e-6) ->
         ValueError: a value is NaN or infinite, or lies outside the box.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(message("x", "a floating-point tensor", kind, "for 8-bit images write x.float() / 255"))
+        remedy = "for 8-bit images write x.float() / 255" if isinstance(x, Tensor) else tensor_of("x", x)
+        raise TypeError(message("x", "a floating-point tensor", kind(x), remedy))
     if x.numel() == 0:
         return
     low, high = (v.item() for v in torch.aminmax(x.detach()))
@@ -80,8 +124,8 @@ def labels(y: Tensor, *, examples: int, classes: int | None = None) -> None:
         ValueError: wrong shape, or a label outside the classes.
     """
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(message("y", "class indices of dtype torch.int64", kind, "write y.long()"))
+        remedy = "write y.long()" if isinstance(y, Tensor) else tensor_of("y", y) + ".long()"
+        raise TypeError(message("y", "class indices of dtype torch.int64", kind(y), remedy))
     require(y.shape == (examples,), "y", f"of shape [{examples}], one label per example", list(y.shape))
     if classes is not None and y.numel():
         low, high = (int(v) for v in torch.aminmax(y))

@@ -1,6 +1,7 @@
 """What the adversary may do: a ball of radius epsilon around each example, cut by the box of valid inputs."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class ThreatModel:
 
     Args:
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
-        epsilon: radius of the ball, in input units (8-bit images scaled to [0, 1]: ``8 / 255``, not ``8``).
+        epsilon: radius of the ball, in input units (8-bit images scaled to [0, 1]: ``8 / 255``, not ``8``). NumPy's numbers
+            become Python's, here and in the box.
         lower: smallest valid input value.
         upper: largest valid input value.
 
@@ -40,11 +42,17 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         choice("norm", self.norm, NORMS)
+        for name in ("epsilon", "lower", "upper"):
+            value = getattr(self, name)
+            if isinstance(value, Real) and type(value) not in (int, float, bool):  # NumPy's numbers: one repr for one ball
+                object.__setattr__(self, name, float(value))
         finite("lower", self.lower)
         finite("upper", self.upper)
         require(self.lower < self.upper, "lower", f"< upper (={self.upper:g})", self.lower)
         remedy = "for 8-bit images in [0, 1] write 8 / 255"
         if not isinstance(self.epsilon, (int, float)) or isinstance(self.epsilon, bool):
+            if isinstance(self.epsilon, Tensor):
+                remedy = "write float(epsilon)"
             raise TypeError(message("epsilon", "a number >= 0 in input units", repr(self.epsilon), remedy))
         require(0 <= self.epsilon < float("inf"), "epsilon", ">= 0 in input units", self.epsilon, remedy)
         width = self.upper - self.lower

@@ -408,7 +408,13 @@ BAD_CALLS = {
         TypeError,
         "x must be a floating-point tensor, got torch.uint8; for 8-bit images write x.float() / 255",
     ),
-    "array": (lambda x, y: (x.numpy(), y), TypeError, "x must be a floating-point tensor, got ndarray"),
+    "array": (
+        lambda x, y: (x.numpy(), y),
+        TypeError,
+        "x must be a floating-point tensor, got ndarray; write torch.from_numpy(x)",
+    ),
+    "list": (lambda x, y: (x.tolist(), y), TypeError, "x must be a floating-point tensor, got list; write torch.tensor(x)"),
+    "array_of_labels": (lambda x, y: (x, y.numpy()), TypeError, "got ndarray; write torch.from_numpy(y).long()"),
     "float_labels": (
         lambda x, y: (x, y.float()),
         TypeError,
@@ -434,6 +440,25 @@ BAD_CALLS = {
 def test_bad_batches_are_refused_in_one_sentence(row, spoil, error, text):
     with pytest.raises(error) as caught:
         row.build()(network(), *spoil(*batch()), generator=seeded())
+    assert text in str(caught.value)
+
+
+LOGITS = "model must be a callable from inputs [batch, ...] to logits [batch, classes], got "
+BAD_MODELS = {
+    "nothing": (None, TypeError, LOGITS + "None; pass an nn.Module or a function"),
+    "path": ("net.pt", TypeError, LOGITS + "'net.pt'; build the network and load its weights into it"),
+    "tuple": (lambda x: (network()(x), x), ValueError, LOGITS + "tuple for "),
+    "one_number_each": (lambda x: network()(x)[:, 0], ValueError, LOGITS + "an output of shape ["),
+}  # fmt: skip
+
+
+@every_attack
+@pytest.mark.parametrize(("model", "error", "text"), BAD_MODELS.values(), ids=BAD_MODELS)
+@pytest.mark.parametrize("repeats", [1, 40])
+def test_things_that_are_no_model_are_refused_in_one_sentence(row, model, error, text, repeats):
+    x, y = (part.repeat(repeats, *(1,) * (part.dim() - 1)) for part in batch())
+    with pytest.raises(error) as caught:
+        row.build()(model, x, y, generator=seeded())
     assert text in str(caught.value)
 
 

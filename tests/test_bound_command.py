@@ -157,11 +157,12 @@ def test_reports_are_compared_with_the_bound_that_holds_at_their_epsilon(shell: 
     assert (code, err) == (0, "")
     third = pytest.approx(1 / 3)
     assert [tuple(row.values()) for row in written()["models"]] == [
-        ("a", 0.2, 0.5, 3, third, 0.2, pytest.approx(1 / 6)),
-        ("b", 0.3, 0.75, 3, third, 0.2, pytest.approx(5 / 12)),
-        ("c", 0.05, 0.0, 3, None, None, None),
+        ("a", 0.2, 0.5, 3, None, False, third, 0.2, pytest.approx(1 / 6)),
+        ("b", 0.3, 0.75, 3, None, False, third, 0.2, pytest.approx(5 / 12)),
+        ("c", 0.05, 0.0, 3, None, False, None, None, None),
     ]
-    assert set(written()["models"][0]) == {"name", "epsilon", "risk", "examples", "lower_bound", "lower_bound_at", "difference"}
+    named = {"name", "epsilon", "risk", "examples", "data", "other_points", "lower_bound", "lower_bound_at", "difference"}
+    assert set(written()["models"][0]) == named
     text = " ".join(out.split())
     assert "a: measured robust risk 0.5000 at epsilon 0.2; any classifier's is at least 0.3333 (bound at epsilon 0.2)." in text
     assert "c: measured robust risk 0.0000 at epsilon 0.05; no bound was computed up to there." in text
@@ -198,6 +199,13 @@ def test_a_report_of_evaluate_is_read(shell: Shell) -> None:
     bounded = report.with_distance_to_bound().distance_to_bound
     assert bounded is not None
     assert row["difference"] == pytest.approx(bounded.difference)
+    assert not row["other_points"]
+    other = evaluate(model, (x, y.flip(0)), threat_model=ThreatModel(norm="l2", epsilon=0.2), protocol="quick")
+    other.to_json("other.json")  # as many examples, with other labels
+    code, _, err = shell(reports="other.json")
+    assert code == 0
+    assert "other was measured on other examples than the bound's points: they say nothing about each other" in err
+    assert written()["models"][0]["lower_bound"] is None
 
 
 def test_reports_with_one_name_in_two_folders_stay_apart(shell: Shell) -> None:

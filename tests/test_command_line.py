@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metarobust import __version__
 from metarobust.command_line import main
 from metarobust.command_line._evaluate import parse_number
 from metarobust.data import load as load_data
@@ -72,8 +73,40 @@ def test_bad_flags_exit_with_2_and_one_sentence(arguments: tuple[str, ...], tmp_
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("metarobust: ")
-    assert "Traceback" not in done.stderr
+    assert not re.search("──|---|Traceback", done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            "evaluate --eps .3 --model a:b --data mnist",
+            "evaluate does not know --eps (did you mean --epsilon?) and needs --epsilon",
+        ),
+        ("evaluate --eps=.3 --model a:b --data mnist --epsilon 1", "evaluate does not know --eps=.3 (did you mean --epsilon?)"),
+        ("evaluate --data mnist", "evaluate needs --model, --epsilon"),
+        ("bound --model a:b --epsilons 1 --data mnist", "bound does not know --model"),
+        ("demo --fast", "demo does not know --fast"),
+        ("evalute --norm l2", "the first word must be one of demo, evaluate, bound, version, got 'evalute'"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_unknown_and_missing_flags_are_named(
+    arguments: str, sentence: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    verb = "" if arguments.startswith("evalute") else arguments.split()[0] + " "
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"metarobust: {sentence}; run metarobust {verb}--help\n"
+
+
+def test_version_as_a_flag_and_as_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--version", "version"):
+        main([word])
+        assert capsys.readouterr().out == f"{__version__}\n"
 
 
 def test_unwritable_out_is_one_sentence_before_any_work(tmp_path: Path) -> None:
@@ -98,6 +131,9 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert set(report) == {"quick", "data", "settings", "attack_calls_on_target", "targets", "seconds", "versions"}
     assert report["quick"] is True
+    attacks = report["settings"]["evaluation_attacks"]
+    assert list(attacks) == ["pgd-20", "margin-pgd-20"], "as the axis of the figure says"
+    assert ["steps=20" in attack for attack in attacks.values()] == [True, True]
     assert report["attack_calls_on_target"] == 0
     assert set(report["targets"]) == {"mlp", "cnn"}
     methods = {"lstm", "lstm_one_stream", "control", "factor_rule", "adam", "sgd_momentum", "pgd_adversarial_training"}
@@ -127,7 +163,7 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
 
 NETS = """
 from torch import nn
-from metarobust.models import mlp
+from metarobust.models import Normalize, mlp
 
 def build():
     return mlp([64, 8, 10])
@@ -140,6 +176,12 @@ def deeper():
 
 def colour():
     return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+
+def whole():
+    return nn.Sequential(Normalize(0.5, 0.5), build())
+
+def colour3():
+    return nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), build())
 
 def number():
     return 7
@@ -268,9 +310,9 @@ class Payload:
         ({"examples": 0}, "--examples must be an integer >= 1, got 0"),
         ({"batch_size": 0}, "--batch-size must be an integer >= 1, got 0"),
         ({"seed": -1}, "--seed must be an integer >= 0, got -1"),
-        ({"norm": "l3"}, ".*l3.*; run metarobust --help, or metarobust VERB --help"),
+        ({"norm": "l3"}, ".*l3.*; run metarobust evaluate --help"),
         ({"device": "abacus"}, "--device must be cpu, or a device that this machine has, got 'abacus'"),
-        ({"data": "svhn"}, "--data svhn: name must be one of 'digits', 'mnist', .* got 'svhn'"),
+        ({"data": "mnst"}, "--data mnst: name must be one of 'digits', 'mnist', .* got 'mnst'; .* a file that ends in .npz"),
         ({"data": "none.npz"}, "--data must name a file that exists, got none.npz"),
         ({"data": "FOLDER/wrong.npz"}, "--data .*/wrong.npz: .*labels.*"),
         ({"model": "nets.py"}, "--model must be FILE.py:FUNCTION, got 'nets.py'; write nets.py:build"),
@@ -278,9 +320,11 @@ class Payload:
         ({"model": "FOLDER/nets.py:biuld"}, "--model must name a function of .*, got 'biuld'; the file has build, wide, .*"),
         ({"model": "FOLDER/nets.py:not_a_function"}, "--model must name a function of .*"),
         ({"model": "FOLDER/nets.py:number"}, "--model must name a function that returns an nn.Module, number returned a int"),
-        ({"model": "FOLDER/nets.py:broken"}, "--model must run without errors, got NameError in .*nets.py, line 21: .*"),
+        ({"model": "FOLDER/nets.py:broken"}, "--model must run without errors, got NameError in .*nets.py, line 27: .*"),
         ({"model": "FOLDER/syntax.py:build"}, "--model must run without errors, got SyntaxError in .*syntax.py, line 2: .*"),
         ({"model": "FOLDER/nets.py:colour", "weights": None}, r"--model must take images of the data, \[1, 1, 8, 8\], got .*"),
+        ({"model": "FOLDER/nets.py:whole"}, r"--weights .* which fits its part '1' alone; load the weights inside whole\(\), .*"),
+        ({"model": "FOLDER/nets.py:colour3", "weights": None}, r"--model must take .* ValueError: x must be of 3 channels, .*"),
         ({"weights": "FOLDER/none.pt"}, "--weights must name a file that exists, got .*none.pt"),
         ({"weights": "FOLDER/nets.py"}, "--weights must be a state dictionary that loads without executing code, got .*"),
         ({"weights": "FOLDER/payload.pt"}, "--weights must be a state dictionary that loads without executing code, got .*"),

@@ -78,6 +78,9 @@ LABELS = torch.tensor([0, 1])
     ("images", "labels", "num_classes", "error", "text"),
     [
         (ZEROS.byte(), LABELS, 2, TypeError, r"got dtype uint8; for 8-bit images write images.float\(\) / 255"),
+        (ZEROS.numpy(), LABELS, 2, TypeError, r"images must be a tensor, .* got ndarray; write torch.from_numpy\(images\)$"),
+        (ZEROS.tolist(), LABELS, 2, TypeError, r"got list; write torch.tensor\(images\)$"),
+        (ZEROS, LABELS.numpy(), 2, TypeError, r"labels must be .* got ndarray; write torch.from_numpy\(labels\).long\(\)$"),
         (ZEROS[:, 0], LABELS, 2, ValueError, r"got \[2, 4, 4\]; .*images.unsqueeze\(1\)"),
         (ZEROS + 2, LABELS, 2, ValueError, r"in \[0, 1\], got values from 2 to 2; write images / 255"),
         (ZEROS - 1, LABELS, 2, ValueError, r"got values from -1 to -1"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from metarobust.attacks import APGD, PGD, Square, count_calls
-from metarobust.data import LabelledImages
+from metarobust.data import LabelledImages, load
 from metarobust.evaluation import RobustnessReport, evaluate
 from metarobust.evaluation._figures import most_perturbed
+from metarobust.evaluation._inputs import data_digest
 from metarobust.evaluation._reliability import Doubt
 from metarobust.evaluation._table import threat_model_text
 from metarobust.losses import margin
@@ -137,6 +139,18 @@ class _NaN(nn.Module):
         (lambda x: x.sum(), leads(0.5), r"logits \[batch, classes\]"),
         (lambda x: (x, x), leads(0.5), r"logits \[batch, classes\], got tuple for 1 inputs"),
         (_NaN().eval(), leads(0.5), "logits are finite"),
+        (None, leads(0.5), r"model must be a callable .*, got None; pass an nn.Module or a function"),
+        ("net.pt", leads(0.5), r"model must be a callable .*, got 'net.pt'; build the network"),
+        (
+            two_pixel,
+            [part.numpy() for part in leads(0.5)],
+            r"got a pair of ndarray and ndarray; for arrays write torch.from_numpy",
+        ),
+        (two_pixel, (leads(0.5)[0], leads(0.5)[1].numpy()), "got a pair of Tensor and ndarray"),
+        (two_pixel, [{"x": 1}], "got batches of something else: dict; .* write DataLoader"),
+        (two_pixel, [leads(0.5), leads(0.5), None], "got batches of something else: NoneType"),
+        (two_pixel, "mnist.npz", "got str"),
+        (two_pixel, [], "at least one batch, got none"),
     ],
 )
 def test_bad_input_says_what_to_write(model: Any, data: Any, text: str) -> None:
@@ -163,6 +177,26 @@ def test_doubts_of_the_model_the_attacks_and_the_results_reach_the_report() -> N
     many = {"apgd": APGD(threat_model=THREAT_MODEL, steps=2, loss="margin", targets=5)}
     third = evaluate(lambda v: 3 * v, data, threat_model=THREAT_MODEL, attacks=many)
     assert checks_of(third) == {"fewer_classes_than_targets"}
+
+
+def test_data_digest_names_the_data_and_not_where_or_how_it_lies() -> None:
+    x, y = leads(0.9, 0.1)
+    named = data_digest(x, y)
+    assert re.fullmatch("[0-9a-f]{16}", named)
+    for same in ((x.double(), y), (x.t().contiguous().t(), y), (x.reshape(2, 1, 1, 2), y), (x.clone(), y.int())):
+        assert data_digest(*same) == named
+    for other in ((x.flip(0), y), (x, 1 - y), (x[:1], y[:1]), (x + 1e-6, y)):
+        assert data_digest(*other) != named
+    for data in ((x, y), DataLoader(TensorDataset(x, y), batch_size=1)):
+        report = evaluate(two_pixel, data, threat_model=THREAT_MODEL, protocol="quick", reliability_checks=False)
+        assert json.loads(report.to_json())["settings"]["data"] == named
+
+
+def test_a_model_without_its_weights_is_a_doubt() -> None:
+    torch.manual_seed(0)
+    digits = load("digits", train=False)
+    report = evaluate(mlp([64, 16, 10]).eval(), digits, threat_model=THREAT_MODEL, protocol="quick")
+    assert "no_better_than_chance" in checks_of(report)
 
 
 def test_epsilon_curve_is_that_of_the_examples() -> None:

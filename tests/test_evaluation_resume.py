@@ -211,7 +211,7 @@ def test_examples_within_rounding_of_the_boundary_stay_broken(tmp_path: Path) ->
             r"threat_model ThreatModel\(.*epsilon=0.08.* there and ThreatModel\(.*epsilon=0.09.* here",
         ),
         ({"attacks": attacks([], steps=4)}, r"attacks first: Counted\(name='first', steps=3\) there and .* steps=4\) here"),
-        ({"attacks": {"first": Counted("first", [])}}, r"attacks second: .* there and nothing here"),
+        ({"attacks": {"first": Counted("first", [])}}, "attacks first, second, third there and first here"),
     ],
 )
 def test_checkpoint_of_other_settings_is_refused(change: dict[str, Any], text: str, tmp_path: Path) -> None:
@@ -223,6 +223,23 @@ def test_checkpoint_of_other_settings_is_refused(change: dict[str, Any], text: s
     with pytest.raises(ValueError, match=expected):
         evaluate(model, data, checkpoint=path, **({"attacks": attacks([])} | ARGUMENTS | change))
     assert path.read_bytes() == before
+
+
+def test_refusals_of_long_attacks_are_short(tmp_path: Path) -> None:
+    model, data = setting()
+    path = tmp_path / "run.safetensors"
+    common: dict[str, Any] = {"checkpoint": path, "reliability_checks": False}
+    evaluate(model, data, threat_model=THREAT_MODEL, protocol="quick", **common)
+    other = ThreatModel(norm="linf", epsilon=0.09)
+    with pytest.raises(ValueError, match=r"epsilon=0.09, lower=0.0, upper=1.0\) here, attacks .* here; write another") as error:
+        evaluate(model, data, threat_model=other, protocol="standard", **common)
+    assert len(str(error.value).replace(str(path), "")) < 400
+    with pytest.raises(ValueError, match=r"epsilon=0.09, lower=0.0, upper=1.0\) here; write another") as error:
+        evaluate(model, data, threat_model=other, protocol="quick", **common)
+    path.unlink()
+    evaluate(model, data, threat_model=THREAT_MODEL, attacks={"pgd": PGD(threat_model=THREAT_MODEL, steps=2)}, **common)
+    with pytest.raises(ValueError, match="got attacks pgd: steps=2 there and steps=3 here; write another"):
+        evaluate(model, data, threat_model=THREAT_MODEL, attacks={"pgd": PGD(threat_model=THREAT_MODEL, steps=3)}, **common)
 
 
 def test_other_data_and_other_models_are_refused_but_rounding_is_not(tmp_path: Path) -> None:

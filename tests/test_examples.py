@@ -20,6 +20,9 @@ def test_example_runs_quickly_and_is_short(example: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "robust" in done.stdout
+    for left in tmp_path.iterdir():
+        assert f"wrote {left.name}" in done.stdout
+        assert left.name in (ROOT / ".gitignore").read_text().split()
     assert len(example.read_text().splitlines()) <= 150
 
 

@@ -67,6 +67,15 @@ def test_small_networks_take_images_and_give_logits(batch):
         (lambda: Normalize([0.5, 0.5], [1.0]), ValueError, "std must be as long as mean (=2), got 1"),
         (lambda: Normalize([], []), ValueError, "std must be as long as mean (=0), got 0"),
         (lambda: Normalize([0.5], [0.0]), ValueError, "std must be positive, got [0.0]"),
+        (lambda: Normalize("mean", 1.0), TypeError, "mean must be a number, or one per channel, got 'mean'; write mean=[0.5]"),
+        (lambda: Normalize(0.5, None), TypeError, "std must be a number, or one per channel, got None; write std=[0.5]"),  # pyright: ignore
+        (
+            lambda: Normalize([0.5] * 3, [0.5] * 3)(torch.rand(5, 1, 8, 8)),
+            ValueError,
+            "x must be of 3 channels, as mean and std are, got [5, 1, 8, 8]; give one mean and one std per channel of x",
+        ),
+        (lambda: Normalize([0.5] * 3, [0.5] * 3)(torch.rand(5, 4, 8, 8)), ValueError, "got [5, 4, 8, 8]"),
+        (lambda: Normalize([0.5] * 3, [0.5] * 3)(torch.rand(3)), ValueError, "got [3]"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(build, error, text):
@@ -86,6 +95,12 @@ def test_normalize_subtracts_and_divides_per_channel_and_keeps_the_dtype(dtype):
     assert out.dtype == dtype
     for channel in range(3):
         torch.testing.assert_close(out[:, channel], (x[:, channel] - mean[channel]) / std[channel])
+
+
+@pytest.mark.parametrize("value", [0.5, [0.5], torch.tensor(0.5).item()])
+def test_one_number_normalizes_all_channels(value):
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.equal(Normalize(value, value)(x), (x - 0.5) / 0.5)
 
 
 def test_normalize_also_takes_plain_features():

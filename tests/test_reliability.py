@@ -50,6 +50,7 @@ def after_attacks(model: Any, x: Tensor, y: Tensor, threat_model: ThreatModel = 
         curve=curve,
         curve_examples=len(x),
         losses=losses,
+        classes=model(x).shape[1],
     )
     return {doubt.check: doubt for doubt in doubts}
 
@@ -544,6 +545,30 @@ def test_failing_attack_end_to_end() -> None:
     found = after_attacks(backwards, *toy())
     assert set(found) == {"steps_do_not_help", "not_zero_at_full_epsilon"}
     assert found["not_zero_at_full_epsilon"].reason.startswith("accuracy is still 100 % at epsilon = 1")
+
+
+@pytest.mark.parametrize(
+    ("right", "examples", "classes", "doubted"),
+    [
+        (2, 20, 10, True),
+        (3, 20, 10, True),
+        (4, 20, 10, False),
+        (0, 19, 10, False),  # too few to tell
+        (190, 1000, 10, True),
+        (191, 1000, 10, False),
+        (550, 1000, 2, True),
+        (551, 1000, 2, False),
+        (1000, 1000, 10, False),
+        (1000, 1000, 1, False),  # one class: nothing to guess
+        (0, 1000, None, False),
+    ],
+)
+def test_accuracy_of_guessing(right: int, examples: int, classes: int | None, doubted: bool) -> None:
+    found = result_doubts(**results(examples, correct=torch.arange(examples) < right, classes=classes))
+    found = [doubt for doubt in found if doubt.check != "few_examples"]
+    assert [doubt.check for doubt in found] == (["no_better_than_chance"] if doubted else [])
+    if doubted:
+        assert f"guessing among {classes} classes gives {percent(1 / (classes or 1))}" in found[0].reason
 
 
 @pytest.mark.parametrize("robust", [0, 10, 5])

@@ -1,6 +1,7 @@
 """Threat models: exact projections onto ball and box, sampling, steepest ascent, membership, and readable errors."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -285,6 +286,10 @@ NOT_POSITIVE = "epsilon must be >= 0 in input units, got "
         ({"epsilon": "8/255"}, TypeError, f"{NO_NUMBER}'8/255'; {REMEDY}"),
         ({"epsilon": True}, TypeError, f"{NO_NUMBER}True; {REMEDY}"),
         ({"epsilon": None}, TypeError, f"{NO_NUMBER}None; {REMEDY}"),
+        ({"epsilon": torch.tensor(0.1)}, TypeError, f"{NO_NUMBER}tensor(0.1000); write float(epsilon)"),
+        ({"norm": "l_inf"}, ValueError, "norm must be one of 'linf', 'l2', 'l1', got 'l_inf'; write 'linf'"),
+        ({"norm": "L2"}, ValueError, "got 'L2'; write 'l2'"),
+        ({"norm": "Linf"}, ValueError, "got 'Linf'; write 'linf'"),
         ({"norm": "l3"}, ValueError, "norm must be one of 'linf', 'l2', 'l1', got 'l3'"),
         ({"norm": 2}, ValueError, "norm must be one of 'linf', 'l2', 'l1', got 2"),
         ({"lower": 1.0}, ValueError, "lower must be < upper (=1), got 1.0"),
@@ -298,6 +303,14 @@ def test_a_bad_threat_model_is_refused_in_one_sentence(arguments, error, text):
     with pytest.raises(error) as caught:
         ThreatModel(**arguments)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)])
+def test_numbers_of_other_libraries_become_floats_with_the_same_repr(number):
+    threat_model = ThreatModel(epsilon=number, lower=-number, upper=number + number)
+    assert repr(threat_model) == "ThreatModel(norm='linf', epsilon=0.5, lower=-0.5, upper=1.0)"
+    assert ThreatModel(epsilon=np.float32(0.1)).epsilon == float(np.float32(0.1))
+    assert repr(ThreatModel(epsilon=1)) == "ThreatModel(norm='linf', epsilon=1, lower=0.0, upper=1.0)"
 
 
 def test_a_ball_as_wide_as_the_box_is_allowed():

@@ -83,7 +83,7 @@ class Alternating:
     @torch.inference_mode(False)
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
-        x, y = checked(self.threat_model, x, y)
+        x, y = checked(self.threat_model, model, x, y)
         record_call(len(x))
         if len(x) == 0 or self.threat_model.epsilon == 0:
             return x.clone()

@@ -115,7 +115,7 @@ def phases(threat_model: ThreatModel) -> tuple[tuple[float, float], ...]:
 
 def run(search: Search, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, start: Tensor | None) -> Tensor:
     """Check the batch, count the call, search."""
-    x, y = checked(search.threat_model, x, y)
+    x, y = checked(search.threat_model, model, x, y)
     if start is not None:
         start = checked_start(search.threat_model, start, x)
     record_call(len(x))

@@ -6,20 +6,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from metarobust import _checks
 from metarobust._checks import images, labels, require
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model
 
 
-def checked(threat_model: ThreatModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def checked(threat_model: ThreatModel, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The batch, detached; raises a sentence unless x is finite and in the box and y holds one int64 label per example.
+
+    A model that cannot be called is refused too.
 
     Tensors made in inference mode are copied, because autograd refuses to follow them.
     """
+    _checks.model(model)
     images(x, lower=threat_model.lower, upper=threat_model.upper)
     labels(y, examples=len(x))
     x, y = (t.clone() if t.is_inference() else t for t in (x, y))
     return x.detach(), y
+
+
+def checked_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits of a first pass; raises a sentence unless they are ``[batch, classes]``, with a class for every label."""
+    logits = _checks.logits(logits, examples=len(y))
+    labels(y, examples=len(y), classes=logits.shape[1])
+    return logits
 
 
 def checked_start(threat_model: ThreatModel, start: Tensor, x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from metarobust._checks import choice, finite, integer, labels, message, require
-from metarobust.attacks._common import buffers_kept, checked, input_gradient
+from metarobust._checks import choice, finite, integer, message, require
+from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.losses import Loss, loss_function
 from metarobust.threat_models import ThreatModel
@@ -43,7 +43,7 @@ class FGSM:
     @torch.inference_mode(False)
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
-        x, y = checked(self.threat_model, x, y)
+        x, y = checked(self.threat_model, model, x, y)
         return _ascend(self, model, x, y, x, steps=1, step_size=self.threat_model.epsilon)
 
 
@@ -104,7 +104,7 @@ class PGD:
     @torch.inference_mode(False)
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
-        x, y = checked(self.threat_model, x, y)
+        x, y = checked(self.threat_model, model, x, y)
         step_size = 2.5 * self.threat_model.epsilon / self.steps if self.step_size is None else self.step_size
         rows, targets = x, y
         if self.restarts > 1:
@@ -147,7 +147,7 @@ def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tenso
             leaf = x_adv.detach().requires_grad_()
             logits = model(leaf)
             if step == 0:
-                labels(y, examples=len(x), classes=logits.shape[-1])
+                checked_logits(logits, y)
             gradient = input_gradient(loss(logits, y), leaf)
             if threat_model.norm == "linf":  # direction and projection, fused and in place
                 x_adv.add_(gradient.sign(), alpha=signed_step).clamp_(lowest, highest)

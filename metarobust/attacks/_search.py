@@ -6,8 +6,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from metarobust._checks import labels
-from metarobust.attacks._common import buffers_kept, input_gradient
+from metarobust import _checks
+from metarobust.attacks._common import buffers_kept, checked_logits, input_gradient
 from metarobust.attacks._memory import halving_on_out_of_memory, rows_within
 from metarobust.attacks._step_rules import Ball, overwrite, step_rule
 from metarobust.attacks._targets import TargetSet
@@ -69,7 +69,7 @@ class Search:
     def _look(self, model: Model, x: Tensor, y: Tensor, most_rows: int) -> tuple[Tensor, "Best", Tensor | None]:
         """One forward pass over the first points: who still stands, the first candidate, and each example's targets."""
         logits = torch.cat([self._mean_logits(model, part) for part in x.split(most_rows)])
-        labels(y, examples=len(x), classes=logits.shape[1])
+        checked_logits(logits, y)
         targets = None if self.targets is None else self.targets.choose(model, x, y, logits, self.threat_model)
         clean = margin(logits, y)
         value = self.objective(logits, y, y if targets is None else targets[:, 0])
@@ -93,7 +93,9 @@ class Search:
     @torch.no_grad()
     def _mean_logits(self, model: Model, x: Tensor) -> Tensor:
         """Logits in single precision at least, averaged over the random passes of each row."""
-        logits = model(x if self.eot_samples == 1 else x.repeat_interleave(self.eot_samples, 0))
+        logits = _checks.logits(
+            model(x if self.eot_samples == 1 else x.repeat_interleave(self.eot_samples, 0)), examples=len(x) * self.eot_samples
+        )
         logits = logits.float() if logits.element_size() < 4 else logits
         return logits if self.eot_samples == 1 else rearrange(logits, "(x samples) k -> x samples k", x=len(x)).mean(1)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metarobust._checks import finite, integer, labels, message, require
+from metarobust._checks import finite, integer, message, require
 from metarobust._tensors import flat
-from metarobust.attacks._common import buffers_kept, checked, checked_start
+from metarobust.attacks._common import buffers_kept, checked, checked_logits, checked_start
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._memory import rows_within
 from metarobust.attacks._square_proposals import PROPOSALS, Grid
@@ -96,7 +96,7 @@ class Square:
         ``start``, points inside ball and box shaped like ``x``, takes the place of stripes and bumps; begin with a small
         ``initial_fraction`` then.
         """
-        x, y = checked(self.threat_model, x, y)
+        x, y = checked(self.threat_model, model, x, y)
         if start is not None:
             start = checked_start(self.threat_model, start, x)
         record_call(len(x))
@@ -117,9 +117,11 @@ def _search(
 
     def ask(points: Tensor, y: Tensor, *, first: bool = False) -> tuple[Tensor, Tensor]:
         parts = points.view(-1, *x.shape[1:]).split(at_once)
-        logits = model(parts[0]) if len(parts) == 1 else torch.cat([model(part) for part in parts])
+        answers = [model(part) for part in parts]
         if first:
-            labels(y, examples=len(y), classes=logits.shape[-1])
+            for answer, own in zip(answers, y.split(at_once), strict=True):
+                checked_logits(answer, own)
+        logits = answers[0] if len(parts) == 1 else torch.cat(answers)
         wrong = logits.argmax(1) != y  # before the loss, which might write into the logits
         return loss_of(logits, y), wrong
 

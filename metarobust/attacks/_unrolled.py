@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torchopt.base import GradientTransformation
 
-from metarobust._checks import choice, integer, labels, message
+from metarobust._checks import choice, integer, message
 from metarobust._tensors import tree_detach
-from metarobust.attacks._common import buffers_kept, checked, input_gradient
+from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._gradient import DIRECTIONS
 from metarobust.losses import Loss, loss_function
@@ -95,7 +95,7 @@ class Unrolled:
         """Return ``x_adv``, shaped like ``x``, inside ball and box; with its graph when gradients are enabled."""
         differentiable = torch.is_grad_enabled()  # read before leaving inference mode, which switches gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable), buffers_kept(model):
-            centre, y = checked(self.threat_model, x, y)
+            centre, y = checked(self.threat_model, model, x, y)
             if differentiable:
                 centre, model = (x if x.requires_grad else centre), on_copied_buffers(model)
             return self._attack(model, centre, y, generator)
@@ -126,7 +126,7 @@ class Unrolled:
         point = x_adv if keep_graph and x_adv.requires_grad else x_adv.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(point)
-            labels(y, examples=len(x), classes=logits.shape[-1])
+            checked_logits(logits, y)
             gradient = input_gradient_with_graph(loss_function(self.loss)(logits, y), point, create_graph=keep_graph)
         downhill = -gradient if self.direction == "adversary" else gradient
         updates, state = self.update_rule.update(cast("Any", (downhill,)), state, params=cast("Any", (x_adv,)), inplace=False)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import labels, message, require
-from metarobust.attacks._common import buffers_kept, checked
+from metarobust._checks import message, require
+from metarobust.attacks._common import buffers_kept, checked, checked_logits
 from metarobust.attacks._counting import record_call
 from metarobust.losses import margin
 from metarobust.threat_models import ThreatModel
@@ -59,7 +59,7 @@ class WorstCase:
         record_call(len(x))
         threat_model = self._threat_model
         if threat_model is not None:
-            x, y = checked(threat_model, x, y)
+            x, y = checked(threat_model, model, x, y)
         found = x.detach().clone()
         if len(x) == 0:
             return found
@@ -83,6 +83,6 @@ class WorstCase:
 def margins_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """Best wrong logit minus the label's own, ``[batch]``; positive exactly when misclassified."""
     with buffers_kept(model):
-        logits = model(x) if len(x) <= AT_ONCE else torch.cat([model(part) for part in x.split(AT_ONCE)])
-    labels(y, examples=len(x), classes=logits.shape[-1])
+        pairs = zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True)
+        logits = torch.cat([checked_logits(model(rows), own) for rows, own in pairs])
     return margin(logits if logits.element_size() >= 4 else logits.float(), y)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarobust._checks import kind, message, require, tensor_of
 from metarobust._checks import labels as check_labels
-from metarobust._checks import message, require
 from metarobust._tensors import flat
 
 
@@ -57,8 +57,8 @@ def as_points(x: Tensor, y: Tensor, weights: Tensor | None) -> Points:
         ValueError: NaN or infinite values, wrong shapes, negative labels or weights, no example.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(message("x", "a floating-point tensor", kind, "for 8-bit images write x.float() / 255"))
+        remedy = "for 8-bit images write x.float() / 255" if isinstance(x, Tensor) else tensor_of("x", x)
+        raise TypeError(message("x", "a floating-point tensor", kind(x), remedy))
     require(x.dim() >= 1 and len(x) > 0, "x", "at least one example, [examples, ...]", list(x.shape))
     check_labels(y, examples=len(x))
     require(int(y.min()) >= 0, "y", "labels of at least 0", int(y.min()), "number the classes from 0")
@@ -117,7 +117,7 @@ def _as_weights(weights: Tensor | None, examples: int) -> np.ndarray:
     if weights is None:
         return np.ones(examples)
     if not isinstance(weights, Tensor):
-        raise TypeError(message("weights", "a tensor [examples]", type(weights).__name__, "write torch.tensor(weights)"))
+        raise TypeError(message("weights", "a tensor [examples]", kind(weights), tensor_of("weights", weights)))
     require(weights.shape == (examples,), "weights", f"of shape [{examples}], one per example", list(weights.shape))
     weight = weights.detach().double().cpu().numpy()
     require(bool(np.isfinite(weight).all() and (weight >= 0).all()), "weights", "finite and at least 0", "others")

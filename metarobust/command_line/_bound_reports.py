@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from metarobust.evaluation._inputs import data_digest
+
 if TYPE_CHECKING:
     from metarobust.bounds import RiskBound
+    from metarobust.data import LabelledImages
 
 
 class ModelReport(NamedTuple):
@@ -16,19 +19,25 @@ class ModelReport(NamedTuple):
     epsilon: float
     risk: float
     examples: int
+    data: str | None
+    other_points: bool = False
 
-    def on_other_points(self, bounds: Sequence["RiskBound"]) -> bool:
-        """Whether the number of examples alone gives away that the points differ; a report does not name its data."""
-        return self.examples != bounds[0].examples
+    def beside(self, points: "LabelledImages") -> "ModelReport":
+        """The report, marked if it was measured on other points; one without a digest of its data tells by its number alone."""
+        same = self.data in (None, data_digest(points.images, points.labels)) and self.examples == len(points)
+        return self._replace(other_points=not same)
 
     def bound(self, bounds: Sequence["RiskBound"]) -> "RiskBound | None":
         """The best lower end that holds at the report's epsilon: the optimal risk grows with the radius."""
-        below = [] if self.on_other_points(bounds) else [b for b in bounds if b.epsilon <= self.epsilon * (1 + 1e-9)]
+        below = [] if self.other_points else [b for b in bounds if b.epsilon <= self.epsilon * (1 + 1e-9)]
         return max(below, key=lambda bound: (bound.lower, bound.epsilon), default=None)
 
 
 def read_reports(text: str | None, norm: str) -> list[ModelReport]:
-    """The reports named in ``--reports``; one sentence for a file that is none, or that no bound in this norm applies to."""
+    """The reports named in ``--reports``; one sentence for a file that is none, or that no bound in this norm applies to.
+
+    Whether they were measured on the bound's points, `ModelReport.beside` tells.
+    """
     paths = [Path(part.strip()) for part in (text or "").split(",") if part.strip()]
     stems = [path.stem for path in paths]
     return [
@@ -44,7 +53,8 @@ def _read(path: Path, name: str, norm: str) -> ModelReport:
         content = json.loads(path.read_text())
         settings, of = content["settings"], content["settings"]["norm"]
         epsilon, lower, upper = (float(settings[key]) for key in ("epsilon", "lower", "upper"))
-        report = ModelReport(name, epsilon, 1 - float(content["worst_case_accuracy"]), int(content["examples"]))
+        risk, examples = 1 - float(content["worst_case_accuracy"]), int(content["examples"])
+        report = ModelReport(name, epsilon, risk, examples, settings.get("data"))
     except (ValueError, KeyError, TypeError) as error:
         expected = "reports that metarobust evaluate --json wrote"
         raise ValueError(f"--reports must be {expected}, got {path}, which is none") from error
@@ -63,11 +73,11 @@ def doubts(reports: Sequence[ModelReport], bounds: Sequence["RiskBound"]) -> lis
     found = []
     for report in reports:
         bound = report.bound(bounds)
-        if report.on_other_points(bounds):
-            found.append(
-                f"{report.name} was measured on {report.examples} examples, the bound is for {bounds[0].examples} points: "
-                "they say nothing about each other"
-            )
+        if report.other_points:
+            there = f"on {report.examples} examples, the bound is for {bounds[0].examples} points"
+            if report.examples == bounds[0].examples:
+                there = "on other examples than the bound's points"
+            found.append(f"{report.name} was measured {there}: they say nothing about each other")
         elif bound is not None and report.risk < bound.lower - 1e-6:
             found.append(
                 f"{report.name} has a measured robust risk of {report.risk:.4f} at epsilon {report.epsilon:g}, below the "

@@ -58,6 +58,7 @@ def run_bound(
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device must have room for the points, {device} has not; pass --device cpu") from error
     title = _title(flags, points, classes)
+    reports = [report.beside(points) for report in reports]
     _print(title, bounds, reports, order)
     sentences = [*dict.fromkeys(str(warning.message) for warning in warned), *doubts(reports, bounds)]
     for sentence in sentences:
@@ -95,7 +96,7 @@ def run_bound(
     write_atomically(out / "bounds.json", lambda path: path.write_text(text))
     table = _markdown(title, bounds, [*_conclusion(bounds, reports, order), *sentences])
     write_atomically(out / "bounds.md", lambda path: path.write_text(table))
-    names = [report.name + (", on other points" if report.on_other_points(bounds) else "") for report in reports]
+    names = [report.name + (", on other points" if report.other_points else "") for report in reports]
     models = [(name, report.epsilon, report.risk) for name, report in zip(names, reports, strict=True)]
     plot_curve(bounds, out / "bounds.png", models=models)
     print(f"wrote bounds.json, bounds.md and bounds.png to {out}")
@@ -164,8 +165,7 @@ def _conclusion(bounds: Sequence[RiskBound], reports: Sequence[ModelReport], ord
     said = [f"Best possible robust accuracy on these points (1 - risk): {', '.join(best)}."]
     for report in reports:
         bound = report.bound(bounds)
-        other = report.on_other_points(bounds)
-        beside = "measured on other points than the bound's" if other else "no bound was computed up to there"
+        beside = "measured on other points than the bound's" if report.other_points else "no bound was computed up to there"
         if bound is not None:
             beside = f"any classifier's is at least {bound.lower:.4f} (bound at epsilon {bound.epsilon:.4g})"
         said.append(f"{report.name}: measured robust risk {report.risk:.4f} at epsilon {report.epsilon:.4g}; {beside}.")

@@ -53,6 +53,7 @@ FACTOR_RULE = {"first": 1.5, "others": 0.15}
 
 JUDGES: dict[str, Attack] = {
     "pgd-20": PGD(threat_model=THREAT_MODEL, steps=20),
+    "margin-pgd-20": PGD(threat_model=THREAT_MODEL, steps=20, loss="margin"),
     "pgd-100x3": PGD(threat_model=THREAT_MODEL, steps=100, restarts=3),
     "margin-pgd-100x3": PGD(threat_model=THREAT_MODEL, steps=100, restarts=3, loss="margin"),
 }
@@ -81,7 +82,7 @@ def demo_settings(*, quick: bool, seed: int) -> DemoSettings:
             iterations=24,
             total_steps=100,
             seeds=3,
-            judged_by=("pgd-20",),
+            judged_by=("pgd-20", "margin-pgd-20"),
             seed=seed,
             calibration_first=(0.0, 1.0),
             calibration_others=(0.0,),

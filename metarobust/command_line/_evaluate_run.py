@@ -32,7 +32,7 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
     data = read_data(flags)
     model = build_model(flags.model)
     if flags.weights is not None:
-        load_weights(model, flags.weights)
+        load_weights(model, flags.weights, flags.model.rpartition(":")[2])
     training = any(m.training for m in model.modules())
     model = model.eval().requires_grad_(False).to(device)
     _probe(model, data.images[:1].to(device))
@@ -109,8 +109,8 @@ def _own_code(path: Path, call: Any) -> Any:
         raise ValueError(f"--model must run without errors, got {type(error).__name__} in {path}{line}: {error}") from error
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy a state dictionary into the model; unwraps the usual wrappings, executes nothing."""
+def load_weights(model: nn.Module, path: Path, build: str) -> None:
+    """Copy a state dictionary into the model that ``build`` made; unwraps the usual wrappings, executes nothing."""
     state = _read_weights(path)
     for _ in WRAPPERS:
         inner = next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), None)
@@ -123,6 +123,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     missing = [name for name in expected if name not in state]
     unexpected = [str(name) for name in state if name not in expected]
     if missing or unexpected:
+        part = _part_that_fits(model, {str(name) for name in state})
+        if part is not None:
+            raise ValueError(
+                f"--weights must fit the model, got {path}, which fits its part {part!r} alone; load the weights inside "
+                f"{build}(), before the network is wrapped (as behind a Normalize), and leave out --weights"
+            )
         parts = [f"{_few(names)} {what}" for names, what in ((missing, "missing"), (unexpected, "unexpected")) if names]
         raise ValueError(f"--weights must fit the model, got {path} with {' and '.join(parts)}; build the model they belong to")
     for name, own in expected.items():
@@ -131,6 +137,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"--weights must fit the model, got {name} of shape {got} in {path}; it needs {list(own.shape)}")
     model.load_state_dict(state)
+
+
+def _part_that_fits(model: nn.Module, names: set[str]) -> str | None:
+    """The submodule that weights of these names belong to."""
+    for part, module in model.named_modules():
+        own = module.state_dict().keys()
+        if part and names <= own and all(name.endswith("num_batches_tracked") for name in own - names):
+            return part  # files of old torch versions do not count batches
+    return None
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
@@ -170,7 +185,8 @@ def read_data(flags: "Evaluate") -> LabelledImages:
         remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
         raise FileNotFoundError(f"--data {flags.data} is not in the data root; {remedy}") from error
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--data {flags.data}: {error.args[0]}") from error
+        remedy = "" if flags.data.endswith(".npz") else "; for data of your own pass a file that ends in .npz"
+        raise ValueError(f"--data {flags.data}: {error.args[0]}{remedy}") from error
     count = len(data) if flags.examples is None else min(flags.examples, len(data))
     return data.select(torch.arange(count))
 
@@ -192,8 +208,8 @@ def _probe(model: nn.Module, x: Tensor) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
     try:
         model(x.to(dtype))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the model is the user's: anything may go wrong in it
+        reason = " ".join(str(error).splitlines()[:1])
         raise ValueError(
             f"--model must take images of the data, {list(x.shape)}, got {type(error).__name__}: {reason}"
         ) from error

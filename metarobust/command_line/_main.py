@@ -1,7 +1,10 @@
 """Parse the command line, run the verb, turn expected failures into one sentence and exit code 2."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,12 +16,17 @@ from metarobust.command_line._bound import Bound
 from metarobust.command_line._demo import Demo
 from metarobust.command_line._evaluate import Evaluate
 
+VERBS: dict[str, type] = {"demo": Demo, "evaluate": Evaluate, "bound": Bound}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Meta-learning robust classifiers through higher-order gradients."""
-    verb = _parse(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["--version"]:
+        return _version()
+    verb = _parse(words)
     if not isinstance(verb, (Demo, Evaluate, Bound)):
-        return
+        return None
     try:
         verb.run()
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
@@ -29,31 +37,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: Sequence[str] | None) -> object:
+def _parse(words: list[str]) -> object:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                {"demo": Demo, "evaluate": Evaluate, "bound": Bound, "version": _version},
+                VERBS | {"version": _version},
                 prog="metarobust",
                 description=main.__doc__,
-                args=None if arguments is None else list(arguments),
+                args=words,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        _fail(_first_sentence(said.getvalue()) + "; run metarobust --help, or metarobust VERB --help")
+        verb = words[0] if words and words[0] in VERBS else ""
+        sentence = _sentence(said.getvalue(), verb)
+        if words and words[0] not in (*VERBS, "version"):
+            sentence = f"the first word must be one of {', '.join(VERBS)}, version, got {words[0]!r}"
+        _fail(f"{sentence}; run metarobust {verb + ' ' if verb else ''}--help")
 
 
-def _first_sentence(box: str) -> str:
-    """The first paragraph of tyro's boxed message, on one line."""
-    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
-    paragraph = []
-    for line in lines:
-        if line.startswith("──"):
-            break
-        paragraph.append(line)
-    return " ".join(paragraph).rstrip(".") or box.strip()
+def _sentence(box: str, verb: str) -> str:
+    """What tyro's boxed message says, on one line: its first paragraph, or the flags that lack and those that nobody knows."""
+    framed = "│" in box
+    paragraphs: list[list[str]] = [[]]
+    for line in (line[1:].rstrip("│ ") for line in box.splitlines() if not framed or line.startswith("│")):
+        if line and set(line.strip()) in ({"─"}, {"-"}):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line)
+    if not framed:  # where the terminal is not UTF-8, tyro draws no frame, and the title is a paragraph
+        paragraphs = paragraphs[1:] or paragraphs
+    first = " ".join(line.strip() for line in paragraphs[0]).rstrip(".")
+    if not verb:
+        return first or box.strip()
+    told = [" ".join(part) for part in paragraphs if part and part[0].strip().startswith("Unrecognized")]
+    unknown = [word.strip(",") for part in told for word in part.partition("options:")[2].split() if word.startswith("-")]
+    missing = []
+    if first.startswith("Missing from "):  # a flag stands four columns in, its help text deeper
+        missing = [found[1] for line in paragraphs[0] if (found := re.match(r" {5}(--[a-z0-9-]+)", line))]
+    if not (unknown or missing):
+        return first or box.strip()
+    parts = [f"does not know {', '.join(word + _meant(word, verb) for word in unknown)}"] if unknown else []
+    parts += [f"needs {', '.join(missing)}"] if missing else []
+    return f"{verb} {' and '.join(parts)}"
+
+
+def _meant(word: str, verb: str) -> str:
+    word = word.partition("=")[0]
+    flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(VERBS[verb])]
+    close = [flag for flag in flags if flag.startswith(word)] or difflib.get_close_matches(word, flags, 1, cutoff=0.75)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _fail(sentence: str) -> NoReturn:

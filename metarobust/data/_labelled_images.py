@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import integer, message, require
+from metarobust._checks import integer, kind, message, require, tensor_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,6 +87,8 @@ class LabelledImages:
 
 
 def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(message("images", "a tensor, floating point in [0, 1]", kind(images), tensor_of("images", images)))
     if not images.is_floating_point():
         remedy = "for 8-bit images write images.float() / 255"
         raise TypeError(message("images", "floating point in [0, 1]", f"dtype {dtype_name(images)}", remedy))
@@ -113,6 +115,8 @@ def _check_images(images: Tensor) -> None:
 def _check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
     integer("num_classes", num_classes, least=1)
     expected = f"integers (torch.int64) in [0, {num_classes})"
+    if not isinstance(labels, Tensor):
+        raise TypeError(message("labels", expected, kind(labels), tensor_of("labels", labels) + ".long()"))
     if labels.dtype != torch.int64:
         raise TypeError(message("labels", expected, f"dtype {dtype_name(labels)}", "write labels.long()"))
     require(

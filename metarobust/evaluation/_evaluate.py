@@ -10,12 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metarobust import __version__
+from metarobust import __version__, _checks
 from metarobust._checks import choice, images, integer, labels, message, require
 from metarobust._progress import progress_bar
 from metarobust.attacks import Square
 from metarobust.data import LabelledImages
-from metarobust.evaluation._inputs import as_pixels, as_tensors, behind_door, generator_for
+from metarobust.evaluation._inputs import as_pixels, as_tensors, behind_door, data_digest, generator_for
 from metarobust.evaluation._protocols import PROTOCOLS, protocol_attacks
 from metarobust.evaluation._reliability import Doubt, spread_rows
 from metarobust.evaluation._reliability_model import model_doubts
@@ -75,7 +75,7 @@ def evaluate(
     Raises:
         ValueError: the model is in training mode, x is outside the box, labels are outside the classes, there is no example,
             an attack leaves the ball, the checkpoint is damaged or of another evaluation.
-        TypeError: x is not floating point or y not int64.
+        TypeError: x is not floating point or y not int64, the model cannot be called.
         FileNotFoundError: the folder of ``checkpoint`` is missing.
 
     Example:
@@ -84,6 +84,7 @@ def evaluate(
         >>> report.clean_accuracy, report.worst_case_accuracy, report.broken_by.tolist()
         (1.0, 0.5, [-1, 0])
     """
+    _checks.model(model)
     if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
         raise ValueError(message("model", "in evaluation mode", "a model in training mode", "write model.eval()"))
     integer("batch_size", batch_size, least=1)
@@ -147,6 +148,7 @@ def evaluate(
                 threat_model=threat_model,
                 correct=correct,
                 predicted=predictions,
+                classes=classes,
                 broken_by={name: broken_by == position for position, name in enumerate(chosen)},
                 gradient_free=[name for name, attack in chosen.items() if isinstance(attack, Square)],
                 curve=curve,
@@ -176,6 +178,7 @@ def evaluate(
             "lower": threat_model.lower,
             "upper": threat_model.upper,
             **own,
+            "data": data_digest(x, y),
             "checked_examples": len(few) if reliability_checks else 0,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from metarobust import _checks
 from metarobust._checks import message, require
 from metarobust.data import LabelledImages
 from metarobust.types import Model
@@ -19,14 +20,40 @@ def as_tensors(data: Any) -> tuple[Tensor, Tensor]:
         return data.images, data.labels
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return cast("tuple[Tensor, Tensor]", tuple(data))
+    expected = "a pair (x, y) of tensors or a DataLoader"
     remedy = "for arrays write torch.from_numpy; for a data set write DataLoader(dataset, batch_size=1000)"
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(message("data", "a pair (x, y) of tensors or a DataLoader", type(data).__name__, remedy))
-    batches = [(batch[0], batch[1]) for batch in data if isinstance(batch, (tuple, list)) and len(batch) >= 2]
-    if any(not isinstance(part, Tensor) or part.dim() == 0 for batch in batches for part in batch):
-        raise TypeError(message("data", "a pair (x, y) of tensors or a DataLoader", "batches of something else", remedy))
+    if isinstance(data, (tuple, list)) and len(data) == 2 and not all(isinstance(part, (tuple, list)) for part in data):
+        raise TypeError(message("data", expected, "a pair of " + " and ".join(type(part).__name__ for part in data), remedy))
+    if isinstance(data, (Tensor, str)) or not isinstance(data, Iterable):
+        raise TypeError(message("data", expected, type(data).__name__, remedy))
+    batches = []
+    for batch in data:
+        parts = list(batch[:2]) if isinstance(batch, (tuple, list)) else [batch]
+        if len(parts) < 2 or any(not isinstance(part, Tensor) or part.dim() == 0 for part in parts):
+            got = "batches of something else: " + " and ".join(type(part).__name__ for part in parts)
+            raise TypeError(message("data", expected, got, remedy))
+        batches.append(parts)
     require(len(batches) > 0, "data", "at least one batch", "none")
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def digest(*tensors: Tensor) -> str:
+    """The first 16 hexadecimal digits of SHA-256 over the numbers of the tensors; the same on every device."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def data_digest(x: Tensor, y: Tensor) -> str:
+    """One name for examples and labels, in their order: pixels as float32, labels as int64; neither shape nor device counts.
+
+    Example:
+        >>> x, y = torch.tensor([[0.25, 0.5]]), torch.tensor([1])
+        >>> data_digest(x, y) == data_digest(x.double().reshape(1, 1, 1, 2), y.int()), data_digest(x, y) == data_digest(x, 1 - y)
+        (True, False)
+    """
+    return digest(x.float(), y.long())
 
 
 def as_pixels(x: Tensor) -> Tensor:
@@ -78,10 +105,7 @@ def behind_door(model: Model, x: Tensor) -> tuple[Model, torch.device, torch.dty
 
 def checked_logits(logits: Any, examples: int) -> Tensor:
     """The model's output, if it is one row of finite logits per example; raises a sentence otherwise."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != examples:
-        got = f"an output of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        expected = "a callable from inputs [batch, ...] to logits [batch, classes]"
-        raise ValueError(message("model", expected, f"{got} for {examples} inputs"))
+    logits = _checks.logits(logits, examples=examples)
     require(bool(logits.isfinite().all()), "model", "such that its logits are finite", "NaN or infinite logits")
     return logits
 

@@ -18,6 +18,7 @@ FRACTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
 STEPS = (5, 20)
 ALLOWED_GRADIENT_FREE = 0.002
 FEW_EXAMPLES = 100
+FEWEST_FOR_CHANCE, ABOVE_CHANCE = 20, 0.1
 
 
 def short_attack(threat_model: ThreatModel, steps: int) -> Attack:
@@ -137,6 +138,7 @@ def result_doubts(
     curve: Sequence[tuple[float, float]] = (),
     curve_examples: int = 100,
     losses: Mapping[int, Tensor] | None = None,
+    classes: int | None = None,
 ) -> tuple[Doubt, ...]:
     """Reasons to doubt a finished evaluation.
 
@@ -149,6 +151,7 @@ def result_doubts(
         curve: the result of :func:`epsilon_curve`.
         curve_examples: on how many examples.
         losses: the result of :func:`step_losses`.
+        classes: number of logits; None leaves out the comparison with guessing.
 
     Example:
         >>> everyone = torch.ones(100, dtype=torch.bool)
@@ -157,12 +160,27 @@ def result_doubts(
         ['gradient_free_wins']
     """
     return (
+        *_no_better_than_chance(correct, classes),
         *_gradient_free_wins(broken_by, gradient_free, len(correct)),
         *_steps_do_not_help(losses or {}, threat_model),
         *_larger_epsilon_does_not_help(curve, curve_examples),
         *_not_zero_at_full_epsilon(curve, curve_examples, predicted),
         *_few_examples(correct, broken_by),
     )
+
+
+def _no_better_than_chance(correct: Tensor, classes: int | None) -> Iterator[Doubt]:
+    if classes is None or classes < 2 or len(correct) < FEWEST_FOR_CHANCE:
+        return
+    # Untrained networks mostly answer one class, and features that happen to fit lift them a few points above 1 / classes: a
+    # tenth of the way from guessing to always right, which any trained model has left behind, leaves room for that.
+    accuracy, guessing = correct.double().mean().item(), 1 / classes
+    if accuracy <= guessing + ABOVE_CHANCE * (1 - guessing):
+        yield Doubt(
+            check="no_better_than_chance",
+            reason=f"the clean accuracy is {percent(accuracy)}, where guessing among {classes} classes gives {percent(guessing)}",
+            remedy="load the weights (in a shell: pass --weights); check the label encoding, and the normalisation in the model",
+        )
 
 
 def _gradient_free_wins(broken_by: Mapping[str, Tensor], gradient_free: Collection[str], examples: int) -> Iterator[Doubt]:

@@ -45,7 +45,8 @@ class RobustnessReport:
             that covers the box: a check of the attacks, not a result to quote.
         threat_model: repr of the threat model.
         attacks: repr of each attack.
-        settings: every argument of the evaluation, and device, dtype and threads that it ran with.
+        settings: every argument of the evaluation; device, dtype and threads that it ran with; ``data``, a digest of examples and
+            labels (none in reports of earlier versions).
         seconds: wall time of each stage.
         warnings: reasons to doubt the numbers, each with a remedy.
         versions: of the libraries that computed them.

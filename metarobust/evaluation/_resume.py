@@ -1,12 +1,11 @@
 """The course of an evaluation as a value on disk, so that an interrupted run ends as an uninterrupted one does."""
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,11 +16,14 @@ from torch import Tensor
 from metarobust import __version__
 from metarobust._checks import message, require
 from metarobust._files import write_atomically
+from metarobust.evaluation._inputs import digest
 from metarobust.evaluation._state import BROKEN, EvaluationState
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
 
 FORMAT = "metarobust evaluation 1"
+LONGEST = 100
+"""Characters of an attack that a refusal quotes."""
 
 
 def without_addresses(text: str) -> str:
@@ -34,16 +36,12 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Everything but the model that determines the result, as plain data."""
     return {
-        "data": f"{list(x.shape)} {x.dtype} {_digest(x)} {_digest(y)}",
+        "data": f"{list(x.shape)} {x.dtype} {digest(x)} {digest(y)}",
         "threat_model": repr(threat_model),
         "attacks": [f"{name}: {without_addresses(repr(attack))}" for name, attack in attacks.items()],
         "metarobust": __version__,
         **settings,
     }
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 class Checkpoint:
@@ -72,7 +70,7 @@ class Checkpoint:
         tensors, header = _read(self.path)
         self._require_same(header.get("settings"), tensors.get("logits"))
         require(
-            _fits(tensors, state) and header.get("digest") == _digest(tensors["outcomes"]),
+            _fits(tensors, state) and header.get("digest") == digest(tensors["outcomes"]),
             f"checkpoint {self.path}",
             "whole",
             "tensors that do not fit together",
@@ -100,7 +98,7 @@ class Checkpoint:
             "format": FORMAT,
             "settings": self.settings,
             "seconds": state.seconds,
-            "digest": _digest(state.outcomes),  # the one tensor that no model can verify again
+            "digest": digest(state.outcomes),  # the one tensor that no model can verify again
         }
         metadata = {"metarobust_header": json.dumps(header)}
         write_atomically(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -115,13 +113,19 @@ class Checkpoint:
     def _require_same(self, theirs: Any, logits: Tensor | None) -> None:
         theirs = theirs if isinstance(theirs, dict) else {}
         differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
-        shown = [_difference(name, theirs.get(name), self.settings[name]) for name in differing]
+        told = [name for name in differing if not (name == "attacks" and self._same_attacks(theirs))]
+        shown = [_difference(name, theirs.get(name), self.settings[name]) for name in told]
         if not differing and (logits is None or not self._same_model(logits)):
             shown = ["other logits on the clean data, from another model or one with random output"]
         remedy = "write another path, or delete the file to start again"
         if differing == ["data"]:
             remedy += "; a DataLoader that shuffles gives other data each time: write shuffle=False"
         require(not shown, f"checkpoint {self.path}", "of this same evaluation", ", ".join(shown), remedy)
+
+    def _same_attacks(self, theirs: dict[str, Any]) -> bool:
+        """Whether attacks of the same names stand beside another threat model, which says it all."""
+        mine, others = self.settings["attacks"], theirs.get("attacks")
+        return theirs.get("threat_model") != self.settings["threat_model"] and _names(others) == _names(mine)
 
     def _same_model(self, logits: Tensor) -> bool:
         if logits.shape != self.logits.shape:
@@ -132,10 +136,19 @@ class Checkpoint:
 def _difference(name: str, theirs: Any, mine: Any) -> str:
     if name == "data":
         return "other data"
-    if isinstance(theirs, list) and isinstance(mine, list):  # name the first entry that differs, not all of both lists
-        pairs = zip_longest(theirs, mine, fillvalue="nothing")
-        theirs, mine = next(pair for pair in pairs if pair[0] != pair[1])
+    if name == "attacks" and _names(theirs) != _names(mine):
+        return f"{name} {', '.join(_names(theirs)) or 'none'} there and {', '.join(_names(mine))} here"
+    if name == "attacks":  # the first that differs, and of a long one only the arguments that do
+        theirs, mine = next(pair for pair in zip(theirs, mine, strict=True) if pair[0] != pair[1])
+        if max(len(theirs), len(mine)) > LONGEST:
+            name, parts = f"{name} {theirs.partition(': ')[0]}:", (theirs.split(", "), mine.split(", "))
+            theirs, mine = (", ".join(p.rstrip(")") for p in own if p not in other) for own, other in (parts, parts[::-1]))
+            theirs, mine = (shorten(text, LONGEST) or "less" for text in (theirs, mine))
     return f"{name} {theirs} there and {mine} here"
+
+
+def _names(attacks: Any) -> list[str]:
+    return [str(entry).partition(": ")[0] for entry in attacks] if isinstance(attacks, list) else []
 
 
 def _fits(tensors: dict[str, Tensor], state: EvaluationState) -> bool:

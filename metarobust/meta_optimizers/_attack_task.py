@@ -68,7 +68,7 @@ class AttackTask:
         if not isinstance(threat_model, ThreatModel):
             raise TypeError(message("threat_model", "a ThreatModel", repr(threat_model)))
         choice("direction", direction, DIRECTIONS)
-        self.x, self.y = checked(threat_model, x, y)
+        self.x, self.y = checked(threat_model, model, x, y)
         require(len(x) > 0, "x", "at least one example", "none")
         self.optimizees, self.model = len(x), on_copied_buffers(model)
         with torch.no_grad():
