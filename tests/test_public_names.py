@@ -46,6 +46,8 @@ PUBLIC_NAMES = {
         "minibatch",
         "split",
     ],
+    "metarobust.divergences": ["KL", "Alpha", "Divergence", "Renyi", "Tilt"],
+    "metarobust.dro": ["WorstCase", "worst_case_expectation"],
     "metarobust.evaluation": ["DistanceToBound", "Doubt", "RobustnessReport", "evaluate"],
     "metarobust.losses": [
         "LOSSES",

@@ -1,0 +1,5 @@
+"""Distributionally robust optimisation: the worst expectation of losses over all weights within a divergence."""
+
+from metarobust.dro._worst_case import WorstCase, worst_case_expectation
+
+__all__ = ["WorstCase", "worst_case_expectation"]
