@@ -92,7 +92,7 @@ def part_three(points: LabelledImages, bound: RiskBound) -> None:
 def part_four(points: LabelledImages, epsilon: float) -> None:
     """With C the cost of moving one class onto the other where a move beyond 2 epsilon costs 1, R* = (1 - C) / 2."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of its source, on Python 3.12 and later
+        warnings.simplefilter("ignore")  # POT warns of its own source when it is first compiled
         from ot import emd2
 
     by_class = [points.images[points.labels == label].flatten(1).double() for label in (3, 8)]
