@@ -255,7 +255,7 @@ def two_classes() -> tuple[Tensor, Tensor, np.ndarray]:
 
 def import_ot() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore")
         return pytest.importorskip("ot")
 
 
