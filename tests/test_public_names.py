@@ -54,8 +54,10 @@ PUBLIC_NAMES = {
         "TARGETED_LOSSES",
         "Loss",
         "TargetedLoss",
+        "boosted_cross_entropy",
         "cross_entropy",
         "dlr",
+        "kl_divergence",
         "loss_function",
         "margin",
         "targeted_cross_entropy",
@@ -85,6 +87,7 @@ PUBLIC_NAMES = {
         "train_optimizees",
     ],
     "metarobust.models": ["Normalize", "cnn", "mlp", "stack"],
+    "metarobust.objectives": ["MART", "TRADES", "AdversarialTraining"],
     "metarobust.threat_models": ["NORMS", "ThreatModel"],
     "metarobust.types": ["Attack", "Batch", "Model", "Parameters", "RobustLoss", "Streams", "Task"],
 }

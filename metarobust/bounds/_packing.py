@@ -42,8 +42,11 @@ class Packing:
     def reach(self, order: int, most: int) -> bool:
         """Satisfy every set of at most ``order`` points; False where a search stopped after ``most`` candidates."""
         while True:
+            # Pairs first: they are found at once, and where many are broken, so are more triples than anyone wants to list.
+            while len(pairs := self._fresh(self._broken_pairs())):
+                self._solve([pairs])
             broken = self.graph.overfull(self.potential, order, most)
-            rows = [some for some in map(self._fresh, (*_worst(broken), self._broken_pairs())) if len(some)]
+            rows = [some for some in map(self._fresh, _worst(broken)) if len(some)]
             if rows:
                 self._solve(rows)
             if not rows or not broken.complete:
