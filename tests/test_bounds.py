@@ -595,6 +595,14 @@ def test_a_tiny_search_leaves_a_valid_open_bracket() -> None:
     assert not bound_of(x, y, "l2", 1.1, most_sets=1).exact
 
 
+def test_a_climb_that_is_cut_short_is_never_worse_than_order_2() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(300, 3, generator=generator, dtype=torch.float64), torch.arange(300) % 5
+    for most_sets in (100, 10_000):  # at 10,000 the potentials of the climb alone would guarantee less than those of order 2
+        cut, pairs = (bound_of(x, y, "l2", 0.12, order=order, most_sets=most_sets) for order in ("auto", 2))
+        assert pairs.lower - 1e-12 <= cut.lower <= cut.upper <= pairs.upper + 1e-12
+
+
 def test_the_risk_of_an_attack_wants_probabilities() -> None:
     x, y = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
     attack = adversarial_risk_bound(x, y, ThreatModel(norm="l2", epsilon=0.4)).attack()

@@ -167,6 +167,8 @@ def _bound(
     points = graph.points
     plan = repaired(solution.sets, solution.mass, points.weight)
     guarantee = _guarantee(graph, solution.potential, most_sets)
+    if solution.earlier is not None and plan.risk < float(points.weight @ (1 - guarantee)) - EXACT:
+        guarantee = max(guarantee, _guarantee(graph, solution.earlier, most_sets), key=points.weight.__matmul__)
     upper = float(points.weight @ (1 - guarantee))
     lower = min(plan.risk, upper)
     sizes = [(some.shape[1], len(some)) for some in solution.sets if some.shape[1] > 2]

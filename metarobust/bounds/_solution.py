@@ -17,12 +17,14 @@ class Solution(NamedTuple):
         potential: ``[points]``, in [0, 1].
         sets: one array ``[sets, size]`` of points per group of constraints.
         mass: per group, ``[sets]``, multipliers.
+        earlier: ``[points]``, potentials of order 2, which may guarantee more than those of a climb that was cut short.
     """
 
     order: int
     potential: np.ndarray
     sets: list[np.ndarray]
     mass: list[np.ndarray]
+    earlier: np.ndarray | None = None
 
 
 def classes(graph: ConflictGraph) -> int:
@@ -33,7 +35,8 @@ def classes(graph: ConflictGraph) -> int:
 def solve(graph: ConflictGraph, order: int | str, most_sets: int) -> Solution:
     """Order 2 by maximum flow, then, as far as asked, larger sets by linear programs."""
     points, pairs = graph.points, graph.pairs
-    packing = Packing(graph, pair_bound(pairs.first, pairs.second, points.weight, points.copies))
+    by_pairs = pair_bound(pairs.first, pairs.second, points.weight, points.copies)
+    packing = Packing(graph, by_pairs)
     largest, reached = classes(graph), 2
     for size in range(3, (largest if order == "auto" else min(int(order), largest)) + 1):
         if order == "auto":
@@ -47,4 +50,4 @@ def solve(graph: ConflictGraph, order: int | str, most_sets: int) -> Solution:
         if not packing.reach(size, most_sets):
             break
         reached = size
-    return Solution(reached, packing.potential, *packing.masses())
+    return Solution(reached, packing.potential, *packing.masses(), by_pairs.potential if packing.rounds else None)
