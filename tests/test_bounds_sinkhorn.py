@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metarobust.bounds import adversarial_risk_bound, sinkhorn_risk
+from metarobust.bounds._conflicts import conflicts
 from metarobust.bounds._enclosing import enclosing_balls
+from metarobust.bounds._pairs import pairs_within
 from metarobust.bounds._points import as_points
 from metarobust.bounds._sinkhorn_gradient import squared_radii
-from metarobust.bounds._sinkhorn_risk import _conflicts
 from metarobust.bounds._sinkhorn_sweeps import finished, incidence_of, rounded, solved, sweep_until_balanced
 from metarobust.data import load_digits
 from metarobust.threat_models import ThreatModel
@@ -202,7 +203,8 @@ def test_radii_are_those_of_the_smallest_balls(size: int) -> None:
         ("l2", torch.from_numpy(enclosing_balls(distance.square().numpy())[0])),
         ("linf", (corners.amax(1) - corners.amin(1)).amax(1) / 2),
     ):
-        graph = _conflicts(as_points(x, y, None), norm, 1.0, True)
+        points = as_points(x, y, None)
+        graph = conflicts(points, pairs_within(points, norm, 2.0), norm, 1.0, closed=True)
         torch.testing.assert_close(squared_radii(x, sets, graph), expected.square())
 
 

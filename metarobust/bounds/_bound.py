@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from metarobust._checks import choice, finite, integer, message, require
-from metarobust.bounds._conflicts import VIOLATION, ConflictGraph
+from metarobust.bounds._conflicts import VIOLATION, ConflictGraph, conflicts
 from metarobust.bounds._pairs import pairs_within
 from metarobust.bounds._plan import repaired
 from metarobust.bounds._points import as_points
@@ -147,11 +147,9 @@ def _bounds(
     seconds = {"pairs": time.perf_counter() - begin}
     found = []
     for epsilon in epsilons:
-        # A ball of radius 0 is its centre, which belongs to it however the ball is meant.
-        graph = ConflictGraph(points=points, pairs=pairs, norm=norm, epsilon=epsilon, closed=closed or epsilon == 0)
+        graph = conflicts(points, pairs, norm, epsilon, closed=closed)
         some, every = (len(pairs.within(2 * replace(graph, closed=c).radius).first) for c in (False, True))
         ties = every - some
-        graph = replace(graph, pairs=pairs.within(2 * graph.radius))
         begin = time.perf_counter()
         solution = (solve if method == "exact" else solve_by_sinkhorn)(graph, order, most_sets)
         seconds["solution"] = time.perf_counter() - begin

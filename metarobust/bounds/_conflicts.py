@@ -1,6 +1,7 @@
 """The conflict graph at one epsilon, and the sets of points in it that a potential promises too much."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,12 +60,12 @@ class ConflictGraph:
         found: list[np.ndarray] = []
         for size in range(3, largest + 1):
             grown: list[np.ndarray] = []
-            for part in _parts(prefixes, grower.extensions(prefixes)):
-                most -= int(grower.extensions(part).sum())
+            for part, count in _parts(prefixes, grower.extensions(prefixes)):
+                most -= int(count.sum())
                 if most < 0:
                     complete = False
                     break
-                grown.append(grower.grow(part))
+                grown.append(grower.grow(part, count))
             prefixes = np.concatenate(grown) if grown else np.zeros((0, size), dtype=np.int64)
             found.append(prefixes[grower.q[prefixes].sum(1) > 1 + VIOLATION])
             if not complete or len(prefixes) == 0:
@@ -130,9 +131,8 @@ class _Grower:
         end = np.searchsorted(self.falling, 2.0 * last + (1 - np.maximum(need, 0)), side="left")
         return np.maximum(np.minimum(end, self.begin[last + 1]) - self.begin[last], 0)
 
-    def grow(self, prefixes: np.ndarray) -> np.ndarray:
-        """All feasible prefixes with one more member."""
-        count = self.extensions(prefixes)
+    def grow(self, prefixes: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """All feasible prefixes with one more member, of the ``count`` first neighbours of each last member."""
         row = np.repeat(np.arange(len(prefixes)), count)
         within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
         added = self.high[self.begin[prefixes[row, -1]] + within]
@@ -159,7 +159,14 @@ class _Grower:
         return self.graph.fits(self.order[grown], square)
 
 
-def _parts(prefixes: np.ndarray, extensions: np.ndarray) -> list[np.ndarray]:
-    """The prefixes in parts that grow to about two million candidates each."""
-    part = np.cumsum(extensions) // AT_ONCE
-    return np.split(prefixes, np.flatnonzero(np.diff(part)) + 1) if len(prefixes) else []
+def _parts(prefixes: np.ndarray, extensions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The prefixes, and how many candidates each grows to, in parts of about two million candidates."""
+    ends = np.flatnonzero(np.diff(np.cumsum(extensions) // AT_ONCE)) + 1
+    return zip(np.split(prefixes, ends), np.split(extensions, ends), strict=True)
+
+
+def conflicts(points: Points, pairs: Pairs, norm: str, epsilon: float, *, closed: bool) -> ConflictGraph:
+    """The graph at one epsilon, from pairs that may be found for a larger one."""
+    # A ball of radius 0 is its centre, which belongs to it however the ball is meant.
+    graph = ConflictGraph(points=points, pairs=pairs, norm=norm, epsilon=epsilon, closed=closed or epsilon == 0)
+    return replace(graph, pairs=pairs.within(2 * graph.radius))

@@ -1,7 +1,5 @@
 """The Sinkhorn bound as a function to differentiate: in the weights, and through soft costs in the points."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from metarobust._checks import choice, finite, integer, message, require
 from metarobust._tensors import flat
 from metarobust.bounds._bound import MOST_SETS
-from metarobust.bounds._conflicts import ConflictGraph
+from metarobust.bounds._conflicts import ConflictGraph, conflicts
 from metarobust.bounds._pairs import pairs_within
 from metarobust.bounds._points import Points, as_points
 from metarobust.bounds._sinkhorn import feasible_sets, too_many
@@ -115,7 +113,8 @@ def sinkhorn_risk(
     points, examples = _separate(as_points(x, y, weights))
     if x.requires_grad and torch.is_grad_enabled():
         require(softness > 0, "softness", "> 0 for a gradient in x", softness, "write softness=0.1, or pass x.detach()")
-    graph = _conflicts(points, norm, float(threat_model.epsilon), closed)
+    epsilon = float(threat_model.epsilon)
+    graph = conflicts(points, pairs_within(points, norm, 2 * epsilon), norm, epsilon, closed=closed)
     groups = feasible_sets(graph, order, most_sets)
     if groups is None:
         raise too_many(order, most_sets)
@@ -148,12 +147,6 @@ def _separate(merged: Points) -> tuple[Points, np.ndarray]:
     origin[examples] = np.arange(len(examples))
     x = merged.x[torch.from_numpy(row).to(merged.x.device)]
     return merged._replace(x=x, y=merged.y[row], weight=merged.share[examples], copies=None, origin=origin), examples
-
-
-def _conflicts(points: Points, norm: str, epsilon: float, closed: bool) -> ConflictGraph:
-    pairs = pairs_within(points, norm, 2 * epsilon)
-    graph = ConflictGraph(points=points, pairs=pairs, norm=norm, epsilon=epsilon, closed=closed or epsilon == 0)
-    return replace(graph, pairs=pairs.within(2 * graph.radius))
 
 
 def _costs(x: Tensor, groups: list[np.ndarray], graph: ConflictGraph, softness: float) -> tuple[list[np.ndarray], Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobust._checks import finite, message, require
+from metarobust._checks import finite, kind, message, require
 from metarobust.divergences import Divergence
 from metarobust.dro._dual import solve
 from metarobust.dro._implicit import Optimum, Value
@@ -124,8 +124,7 @@ def _check_arguments(losses: Tensor, costs: Tensor | None, base_weights: Tensor 
         raise TypeError(message("divergence", "divergences.KL(), Alpha(order=...) or Renyi(order=...)", repr(divergence)))
     for name, value in (("losses", losses), ("costs", costs), ("base_weights", base_weights)):
         if value is not None and (not isinstance(value, Tensor) or not value.is_floating_point()):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(message(name, "a floating-point tensor", kind))
+            raise TypeError(message(name, "a floating-point tensor", kind(value)))
     proper = losses.dim() in (1, 2) and losses.numel() > 0
     require(proper, "losses", "of shape [n] or [n, candidates], not empty", list(losses.shape))
     if costs is not None:
