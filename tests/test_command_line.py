@@ -84,6 +84,10 @@ def test_bad_flags_exit_with_2_and_one_sentence(arguments: tuple[str, ...], tmp_
             "evaluate --eps .3 --model a:b --data mnist",
             "evaluate does not know --eps (did you mean --epsilon?) and needs --epsilon",
         ),
+        (
+            "bound --data digits --epsilons 0.8 0.9",
+            "bound has no place for 0.9; write the values of one flag in one word, with commas: 0.8,0.9",
+        ),
         ("evaluate --eps=.3 --model a:b --data mnist --epsilon 1", "evaluate does not know --eps=.3 (did you mean --epsilon?)"),
         ("evaluate --data mnist", "evaluate needs --model, --epsilon"),
         ("bound --model a:b --epsilons 1 --data mnist", "bound does not know --model"),

@@ -76,6 +76,9 @@ def _sentence(box: str, verb: str) -> str:
     missing = []
     if first.startswith("Missing from "):  # a flag stands four columns in, its help text deeper
         missing = [found[1] for line in paragraphs[0] if (found := re.match(r" {5}(--[a-z0-9-]+)", line))]
+    if told and not (unknown or missing):  # words that follow no flag, such as the second of 0.8 0.9
+        loose = told[0].partition("options:")[2].strip().rstrip(".")
+        return f"{verb} has no place for {loose}; write the values of one flag in one word, with commas: 0.8,0.9"
     if not (unknown or missing):
         return first or box.strip()
     parts = [f"does not know {', '.join(word + _meant(word, verb) for word in unknown)}"] if unknown else []
