@@ -6,7 +6,21 @@ from metarobust.attacks._beta import BETA
 from metarobust.attacks._counting import CallCounter, count_calls
 from metarobust.attacks._gradient import FGSM, PGD
 from metarobust.attacks._square import Square
+from metarobust.attacks._transport import TransportAscent, TransportSearch
 from metarobust.attacks._unrolled import Unrolled
 from metarobust.attacks._worst_case import WorstCase
 
-__all__ = ["APGD", "BETA", "FGSM", "PGD", "Alternating", "CallCounter", "Square", "Unrolled", "WorstCase", "count_calls"]
+__all__ = [
+    "APGD",
+    "BETA",
+    "FGSM",
+    "PGD",
+    "Alternating",
+    "CallCounter",
+    "Square",
+    "TransportAscent",
+    "TransportSearch",
+    "Unrolled",
+    "WorstCase",
+    "count_calls",
+]

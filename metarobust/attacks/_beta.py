@@ -1,13 +1,15 @@
 """BETA, the best targeted attack: every wrong class is a margin-maximisation problem of its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from metarobust._checks import choice
+from metarobust._checks import choice, require
 from metarobust.attacks._apgd import check_settings, phases, run
+from metarobust.attacks._common import checked
+from metarobust.attacks._counting import record_call
 from metarobust.attacks._search import Search
 from metarobust.attacks._step_rules import STEP_RULES
 from metarobust.attacks._targets import TargetSet
@@ -102,3 +104,24 @@ class BETA:
         ``start``, points inside ball and box shaped like ``x``, is where the first restart begins and what it must beat.
         """
         return run(self._search, model, x, y, generator, start)
+
+    @torch.inference_mode(False)
+    def each_target(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return every target's best point ``[batch, targets, ...]`` and the targets ``[batch, targets]``, at the same cost.
+
+        For target j the best is the largest :math:`M_j` over all rows of the example, whatever their target, all steps and the
+        clean point. With all wrong classes as targets, the largest of them is the margin of the point that a call returns.
+
+        Raises:
+            ValueError: ``survivors_only``, which stops before the other targets have had their steps.
+        """
+        require(not self.survivors_only, "survivors_only", "False for a point of each target", True)
+        x, y = checked(self.threat_model, model, x, y)
+        record_call(len(x))
+        if len(x) == 0:
+            return x.new_empty((0, 0, *x.shape[1:])), y.new_empty((0, 0))
+        points, targets = replace(self._search, each_target=True).find(model, x, y, generator)
+        assert targets is not None
+        return points, targets

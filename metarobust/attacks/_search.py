@@ -24,7 +24,8 @@ class Search:
     """What to climb and how; see `APGD` and `BETA` for the meaning of the fields.
 
     ``objective(logits, y, target)`` is the quantity that each row climbs. Without ``targets`` the group holds restarts only, and
-    the objective receives the label as its target. ``phases`` are multiples of epsilon with shares of the steps.
+    the objective receives the label as its target. ``phases`` are multiples of epsilon with shares of the steps. With
+    ``each_target`` the result is the best point by the margin of each target, ``[batch, targets, ...]``, whatever row found it.
     """
 
     threat_model: ThreatModel
@@ -39,19 +40,26 @@ class Search:
     by_margin: bool
     memory_budget: int | None
     phases: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+    each_target: bool = False
 
     def __call__(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, start: Tensor | None = None
     ) -> Tensor:
+        return self.find(model, x, y, generator, start)[0]
+
+    def find(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The points found, and each example's targets ``[batch, targets]``."""
         x = x.contiguous()
         begin = x if start is None else start.contiguous()
-        result = begin.clone()
         with buffers_kept(model):
             most_rows = rows_within(self.memory_budget, model, x)
             standing, best, targets = self._look(model, begin, y, most_rows)
+            result = best.x.clone()
             examples = standing.nonzero().squeeze(1)
-            if len(examples) == 0:
-                return result
+            if len(examples) == 0 or self.threat_model.epsilon == 0:
+                return result, targets
             group = self.restarts * (1 if targets is None else targets.shape[1])
             starts = self._starts(x[examples], None if start is None else begin[examples], group, generator)
             at_once = max(1, most_rows // (group * self.eot_samples))
@@ -64,13 +72,19 @@ class Search:
                 result[chosen] = chunk.found.x
 
             halving_on_out_of_memory(climb, len(examples), at_once)
-        return result
+        return result, targets
 
-    def _look(self, model: Model, x: Tensor, y: Tensor, most_rows: int) -> tuple[Tensor, "Best", Tensor | None]:
+    def _look(
+        self, model: Model, x: Tensor, y: Tensor, most_rows: int
+    ) -> tuple[Tensor, "Best | BestOfEachTarget", Tensor | None]:
         """One forward pass over the first points: who still stands, the first candidate, and each example's targets."""
         logits = torch.cat([self._mean_logits(model, part) for part in x.split(most_rows)])
         checked_logits(logits, y)
         targets = None if self.targets is None else self.targets.choose(model, x, y, logits, self.threat_model)
+        if self.each_target:
+            assert targets is not None
+            points = repeat(x, "examples ... -> examples targets ...", targets=targets.shape[1])
+            return torch.ones_like(y, dtype=torch.bool), BestOfEachTarget(margins_of_each(logits, y, targets), points), targets
         clean = margin(logits, y)
         value = self.objective(logits, y, y if targets is None else targets[:, 0])
         standing = clean <= 0 if self.survivors_only else torch.ones_like(clean, dtype=torch.bool)
@@ -130,6 +144,31 @@ class Best:
 
 
 @dataclass
+class BestOfEachTarget:
+    """The best point of each example for each of its targets: ``margin [examples, targets]``, ``x [examples, targets, ...]``."""
+
+    margin: Tensor
+    x: Tensor
+
+    def select(self, rows: Tensor) -> "BestOfEachTarget":
+        return BestOfEachTarget(self.margin[rows], self.x[rows])
+
+    def update(self, value: Tensor, margin: Tensor, rows: Tensor) -> None:
+        """Take, per example and target, the best of ``[examples, group, targets]`` new margins; ``value`` is not read."""
+        winner = margin.argmax(1, keepdim=True)
+        margin, winner = margin.gather(1, winner).squeeze(1), winner.squeeze(1)
+        better = margin > self.margin
+        first = torch.arange(len(margin), device=margin.device)[:, None] * (len(rows) // len(margin))
+        overwrite(self.x.flatten(0, 1), better.flatten(), rows[(first + winner).flatten()])  # flatten views: x is contiguous
+        self.margin = torch.where(better, margin, self.margin)
+
+
+def margins_of_each(logits: Tensor, y: Tensor, targets: Tensor) -> Tensor:
+    """The margin of each target, ``[rows, targets]``."""
+    return logits.gather(1, targets) - logits.gather(1, y[:, None])
+
+
+@dataclass
 class _Chunk:
     """Examples that climb together, ``group`` rows each."""
 
@@ -139,9 +178,9 @@ class _Chunk:
     y: Tensor
     group: int
     targets: Tensor | None
-    found: Best = field(init=False)
+    found: Best | BestOfEachTarget = field(init=False)
 
-    def offer(self, clean: Best) -> None:
+    def offer(self, clean: Best | BestOfEachTarget) -> None:
         self.found = clean
         self.examples = torch.arange(len(self.x), device=self.x.device)  # where the live examples are in `found`
 
@@ -204,10 +243,18 @@ class _Chunk:
         logits = logits.float() if logits.element_size() < 4 else logits
         samples = self.search.eot_samples
         y, target = (t.repeat_interleave(samples) if samples > 1 else t for t in (self.row_y, self.row_target))
-        values, margins = self.search.objective(logits, y, target), margin(logits.detach(), y)
+        values, margins = self.search.objective(logits, y, target), self._margins(logits.detach(), y)
         if samples > 1:
-            values, margins = (rearrange(v, "(rows samples) -> rows samples", samples=samples).mean(1) for v in (values, margins))
+            pattern = "(rows samples) ... -> rows samples ..."
+            values, margins = (rearrange(v, pattern, samples=samples).mean(1) for v in (values, margins))
         return values, margins
+
+    def _margins(self, logits: Tensor, y: Tensor) -> Tensor:
+        """What the record ranks points by: the best margin of each row, or the margins of all of its example's targets."""
+        if not self.search.each_target:
+            return margin(logits, y)
+        assert self.targets is not None
+        return margins_of_each(logits, y, self.targets.repeat_interleave(len(y) // len(self.targets), 0))
 
     def _gradient(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
@@ -216,7 +263,7 @@ class _Chunk:
             return input_gradient(values, leaf).contiguous(), values.detach(), margins
 
     def _record(self, rows: Tensor, values: Tensor, margins: Tensor) -> None:
-        margins = margins.view(-1, self.group)
+        margins = margins.view(-1, self.group, *margins.shape[1:])
         # A row's target margin says how to climb; the best wrong class of the row says how good the point is.
         self.live.update(margins if self.search.by_margin else values.view(-1, self.group), margins, rows)
 

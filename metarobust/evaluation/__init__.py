@@ -2,7 +2,8 @@
 
 from metarobust.evaluation._distance import DistanceToBound
 from metarobust.evaluation._evaluate import evaluate
+from metarobust.evaluation._protocols import protocol_attacks
 from metarobust.evaluation._reliability import Doubt
 from metarobust.evaluation._report import RobustnessReport
 
-__all__ = ["DistanceToBound", "Doubt", "RobustnessReport", "evaluate"]
+__all__ = ["DistanceToBound", "Doubt", "RobustnessReport", "evaluate", "protocol_attacks"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchopt import pytree
 
-from metarobust.meta_optimizers._storage import read_tensors, write_tensors
+from metarobust._tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from metarobust.meta_optimizers._meta_training import MetaTrainingRun

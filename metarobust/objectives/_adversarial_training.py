@@ -53,5 +53,18 @@ class AdversarialTraining:
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return one loss per example, ``[batch]``."""
-        x_adv = attacked(self.attack, model, x, y, generator)
-        return loss_function(self.loss)(model(x_adv), y)
+        logits = model(self.moved(model, x, y, generator=generator))
+        return self.charge(logits, logits, y)
+
+    @property
+    def reads_clean(self) -> bool:
+        """Whether `charge` reads the logits at x."""
+        return False
+
+    def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The attacked points, shaped like ``x``, detached."""
+        return attacked(self.attack, model, x, y, generator)
+
+    def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at the moved points."""
+        return loss_function(self.loss)(moved, y)

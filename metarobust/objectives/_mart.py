@@ -56,9 +56,21 @@ class MART:
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return one loss per example, ``[batch]``."""
-        x_adv = attacked(self.attack, model, x, y, generator)
+        x_adv = self.moved(model, x, y, generator=generator)
         logits = model(x)
-        logits_adv = model(x_adv)
+        return self.charge(logits, model(x_adv), y)
+
+    @property
+    def reads_clean(self) -> bool:
+        """Whether `charge` reads the logits at x."""
+        return True
+
+    def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The attacked points, shaped like ``x``, detached."""
+        return attacked(self.attack, model, x, y, generator)
+
+    def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at x and at the moved points."""
         # A sum of wrong probabilities keeps its digits where 1 - p_y would round to 0.
-        doubt = logits.softmax(1).scatter(1, y[:, None], 0.0).sum(1)
-        return boosted_cross_entropy(logits_adv, y) + self.beta * kl_divergence(logits, logits_adv) * doubt
+        doubt = clean.softmax(1).scatter(1, y[:, None], 0.0).sum(1)
+        return boosted_cross_entropy(moved, y) + self.beta * kl_divergence(clean, moved) * doubt

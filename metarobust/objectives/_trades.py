@@ -82,9 +82,22 @@ class TRADES:
         if self.beta == 0:
             return cross_entropy(model(x), y)
         # Before the passes that are differentiated: putting buffers back would spoil what BatchNorm saved for its backward pass.
-        x_adv = attacked(self._ascend_kl if self.attack is None else self.attack, model, x, y, generator)
+        x_adv = self.moved(model, x, y, generator=generator)
         logits = model(x)
-        return cross_entropy(logits, y) + self.beta * kl_divergence(logits, model(x_adv))
+        return self.charge(logits, model(x_adv), y)
+
+    @property
+    def reads_clean(self) -> bool:
+        """Whether `charge` reads the logits at x."""
+        return True
+
+    def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The attacked points, shaped like ``x``, detached."""
+        return attacked(self._ascend_kl if self.attack is None else self.attack, model, x, y, generator)
+
+    def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at x and at the moved points."""
+        return cross_entropy(clean, y) + self.beta * kl_divergence(clean, moved)
 
     @torch.inference_mode(False)
     def _ascend_kl(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
