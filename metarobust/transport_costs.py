@@ -13,28 +13,17 @@ from metarobust.threat_models import NORMS, ThreatModel
 __all__ = ["HardBall", "Insertion", "NormPower", "SoftHinge", "TransportCost"]
 
 TOLERANCE = 1e-5
-"""How far outside ball or box a point may lie by rounding, input units, as in `ThreatModel.contains`."""
+"""How far outside ball or box a point may lie, input units, as in `ThreatModel.contains`; more where the dtype rounds more."""
 
 
 @runtime_checkable
 class TransportCost(Protocol):
-    """The price of moving an example, and the step that an ascent of ``loss - scale * cost`` takes at that price.
-
-    ``norm`` measures the steps; ``lower`` and ``upper`` are the box; ``reach`` is the distance that costs nothing, in input
-    units, or None where every move costs something.
-    """
+    """The price of moving an example, and the step that an ascent of ``loss - scale * cost`` takes at that price."""
 
     @property
-    def norm(self) -> str: ...
-
-    @property
-    def lower(self) -> float: ...
-
-    @property
-    def upper(self) -> float: ...
-
-    @property
-    def reach(self) -> float | None: ...
+    def free_ball(self) -> ThreatModel:
+        """The moves that cost nothing, with the box; epsilon is 0 where there are none. Its norm measures the steps."""
+        ...
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``: at least 0, 0 at ``x``, inf outside the domain; differentiable where finite."""
@@ -45,7 +34,7 @@ class TransportCost(Protocol):
         ...
 
     def step(self, x_adv: Tensor, x: Tensor, gradient: Tensor, *, scale: float, length: float) -> Tensor:
-        """The next point of the ascent, inside the domain, at most ``length`` away from ``x_adv`` in ``norm``.
+        """The next point of the ascent, inside the domain, at most ``length`` away from ``x_adv`` in that norm.
 
         ``gradient`` is the loss's at ``x_adv``, ``scale`` the price of the cost.
         """
@@ -71,24 +60,17 @@ class HardBall:
         _check_threat_model(self.threat_model)
 
     @property
-    def norm(self) -> str:
-        return self.threat_model.norm
-
-    @property
-    def lower(self) -> float:
-        return self.threat_model.lower
-
-    @property
-    def upper(self) -> float:
-        return self.threat_model.upper
-
-    @property
-    def reach(self) -> float:
-        return self.threat_model.epsilon
+    def free_ball(self) -> ThreatModel:
+        return self.threat_model
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """0 inside, inf outside, ``[batch]``; the gradient is 0."""
-        return _inside(flat(x_adv - x).sum(1) * 0, self.threat_model.contains(x_adv, x, tolerance=TOLERANCE))
+        ball = self.threat_model
+        # Every coordinate may be rounded by the spacing of numbers at the ends of the box; the norm adds that up.
+        coordinates = flat(x[:1]).shape[1] ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[ball.norm]
+        rounding = torch.finfo(x.dtype).eps * (max(abs(ball.lower), abs(ball.upper)) * coordinates + ball.epsilon)
+        inside = ball.contains(x_adv, x, tolerance=max(TOLERANCE, rounding))
+        return _inside(flat(x_adv - x).sum(1) * 0, inside)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of ball and box, as `ThreatModel.project`."""
@@ -127,20 +109,16 @@ class NormPower:
         finite("weight", self.weight, above=0.0)
         choice("norm", self.norm, NORMS)
         finite("power", self.power, above=0.0)
-        _ = self._box
+        _ = self.free_ball
 
     @property
-    def _box(self) -> ThreatModel:
+    def free_ball(self) -> ThreatModel:
         return ThreatModel(norm=self.norm, epsilon=0.0, lower=self.lower, upper=self.upper)
-
-    @property
-    def reach(self) -> None:
-        return None
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``; the gradient at ``x_adv = x`` is 0, also where the power has no finite one."""
         paid = self.weight * _power(norms(x_adv - x, self.norm), self.power)
-        return _inside(paid, _in_box(x_adv, self.lower, self.upper))
+        return _inside(paid, _in_box(x_adv, self.free_ball))
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """``x_adv`` clipped to the box."""
@@ -161,10 +139,10 @@ class NormPower:
 
     def _l2(self, x_adv: Tensor, x: Tensor, gradient: Tensor, slope: Tensor, length: float) -> Tensor:
         """A normalised step; coordinates that the box holds take no share of its length."""
-        outward = self._box.ascent_direction(x_adv - x)
+        outward = self.free_ball.ascent_direction(x_adv - x)
         total = gradient - per_example(slope, x) * outward
         held = torch.where(total > 0, x_adv >= self.upper, x_adv <= self.lower)
-        return x_adv + length * self._box.ascent_direction(total.masked_fill(held, 0.0))
+        return x_adv + length * self.free_ball.ascent_direction(total.masked_fill(held, 0.0))
 
     def _linf(self, x_adv: Tensor, x: Tensor, gradient: Tensor, slope: Tensor, length: float) -> Tensor:
         """Every coordinate by ``length`` along its sign, but none further than the radius at which the slope balances.
@@ -227,34 +205,23 @@ class SoftHinge:
         finite("weight", self.weight, above=0.0)
 
     @property
-    def norm(self) -> str:
-        return self.threat_model.norm
-
-    @property
-    def lower(self) -> float:
-        return self.threat_model.lower
-
-    @property
-    def upper(self) -> float:
-        return self.threat_model.upper
-
-    @property
-    def reach(self) -> float | None:
-        return self.threat_model.epsilon or None
+    def free_ball(self) -> ThreatModel:
+        return self.threat_model
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``; an excess within rounding is none, so that the ball is free at a scale of inf too."""
-        excess = flat(x_adv - x).abs() - self.threat_model.epsilon
-        rounding = 4 * torch.finfo(x.dtype).eps * max(abs(self.lower), abs(self.upper))
+        ball = self.threat_model
+        excess = flat(x_adv - x).abs() - ball.epsilon
+        rounding = 4 * torch.finfo(x.dtype).eps * max(abs(ball.lower), abs(ball.upper))
         excess = torch.where(excess > rounding, excess, 0.0)
-        return _inside(self.weight / 2 * excess.square().sum(1), _in_box(x_adv, self.lower, self.upper))
+        return _inside(self.weight / 2 * excess.square().sum(1), _in_box(x_adv, ball))
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """``x_adv`` clipped to the box."""
-        return x_adv.clamp(self.lower, self.upper)
+        return x_adv.clamp(self.threat_model.lower, self.threat_model.upper)
 
     def step(self, x_adv: Tensor, x: Tensor, gradient: Tensor, *, scale: float, length: float) -> Tensor:
-        r"""A sign step that ends early where the cost's gradient balances the loss's, :math:`|d_j| = \epsilon + |g_j| / (s L)`."""
+        r"""A sign step, ended where the cost's gradient balances the loss's: at :math:`|d_j| = \epsilon + |g_j| / (s L)`."""
         price = scale * self.weight
         excess = gradient.abs() / price if price > 0 else torch.full_like(gradient, torch.inf)
         wish = x + gradient.sign() * (self.threat_model.epsilon + excess)
@@ -287,20 +254,8 @@ class Insertion:
         finite("power", self.power, above=0.0)
 
     @property
-    def norm(self) -> str:
-        return "l1"
-
-    @property
-    def lower(self) -> float:
-        return 0.0
-
-    @property
-    def upper(self) -> float:
-        return 1.0
-
-    @property
-    def reach(self) -> None:
-        return None
+    def free_ball(self) -> ThreatModel:
+        return ThreatModel(norm="l1", epsilon=0.0)
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``."""
@@ -344,8 +299,8 @@ def _inside(paid: Tensor, inside: Tensor) -> Tensor:
     return torch.where(inside, paid, torch.inf)
 
 
-def _in_box(x_adv: Tensor, lower: float, upper: float) -> Tensor:
-    return flat((x_adv >= lower - TOLERANCE) & (x_adv <= upper + TOLERANCE)).all(1)
+def _in_box(x_adv: Tensor, box: ThreatModel) -> Tensor:
+    return flat((x_adv >= box.lower - TOLERANCE) & (x_adv <= box.upper + TOLERANCE)).all(1)
 
 
 def _power(radius: Tensor, power: float) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 import torchopt
 from torch import nn
 
-from metarobust.attacks import APGD, BETA, FGSM, PGD, Alternating, Square, Unrolled, WorstCase, count_calls
+from metarobust.attacks import APGD, BETA, FGSM, PGD, Alternating, Square, TransportAscent, Unrolled, WorstCase, count_calls
 from metarobust.losses import cross_entropy, margin
 from metarobust.threat_models import ThreatModel
+from metarobust.transport_costs import HardBall, SoftHinge
 from metarobust.types import Attack
 
 
@@ -48,6 +49,16 @@ class Row:
 
 def fgsm_then_beta(threat_model):
     return WorstCase([FGSM(threat_model=threat_model), BETA(threat_model=threat_model, steps=5)])
+
+
+def ball_ascent(threat_model, **settings):
+    return TransportAscent(transport_cost=HardBall(threat_model=threat_model), steps=5, **settings)
+
+
+def hinge_ascent(threat_model):
+    """At an infinite scale the soft edge of the ball is hard."""
+    hinge = SoftHinge(threat_model=threat_model, weight=1.0)
+    return TransportAscent(transport_cost=hinge, scale=float("inf"), steps=5, step_size=0.05)
 
 
 alternating = partial(Alternating, steps=5, queries=20, rounds=2, closest=1.0)
@@ -120,6 +131,10 @@ TABLE = [
     Row(name="unrolled_linf", attack=unrolled, keeps_graph=True),
     Row(name="unrolled_l2", attack=unrolled, norm="l2", epsilon=0.5, keeps_graph=True),
     Row(name="unrolled_l1", attack=partial(unrolled, random_start=True), norm="l1", epsilon=1.0, keeps_graph=True, **RANDOM),
+    Row(name="transport_ball_linf", attack=ball_ascent),
+    Row(name="transport_ball_l2", attack=partial(ball_ascent, loss="margin"), norm="l2", epsilon=0.5, loss=margin),
+    Row(name="transport_ball_l1", attack=partial(ball_ascent, random_start=True), norm="l1", epsilon=1.0, **RANDOM),
+    Row(name="transport_hinge", attack=hinge_ascent),
     Row(name="worst_case", attack=fgsm_then_beta, loss=margin, nested=True, stops=True, **RANDOM),
 ]
 

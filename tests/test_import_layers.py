@@ -17,7 +17,8 @@ LAYERS = [
     ("training",),
     ("command_line",),
 ]
-LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
+LAYER_OF: dict[str, float] = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
+LAYER_OF["transport_costs"] = 1.5  # made of threat models, and attacks are made with it
 LATE = {"torchvision", "learn2learn", "ot", "matplotlib", "sklearn", "tyro"}
 
 

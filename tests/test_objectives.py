@@ -11,7 +11,7 @@ from torch import nn
 
 from metarobust.attacks import FGSM, PGD, count_calls
 from metarobust.losses import cross_entropy, margin
-from metarobust.objectives import MART, TRADES, AdversarialTraining
+from metarobust.objectives import MART, TRADES, AdversarialTraining, BETATraining, SmoothedBETATraining
 from metarobust.threat_models import ThreatModel
 from metarobust.types import RobustLoss
 
@@ -25,8 +25,15 @@ TABLE = {
     "trades": lambda threat_model: TRADES(threat_model=threat_model, steps=3),
     "trades_of_an_attack": lambda threat_model: TRADES(attack=PGD(threat_model=threat_model, steps=3)),
     "mart": lambda threat_model: MART(attack=PGD(threat_model=threat_model, steps=3)),
+    "beta_training": lambda threat_model: BETATraining(threat_model=threat_model, steps=3),
 }
-every_objective = pytest.mark.parametrize("build", TABLE.values(), ids=TABLE)
+NOT_AT_ONE_CONSTANT_POINT = {  # their gradients: tests/test_beta_training.py
+    "beta_training_unrolled": lambda t: BETATraining(threat_model=t, steps=3, hypergradient="unrolled"),
+    "beta_training_implicit": lambda t: BETATraining(threat_model=t, steps=3, hypergradient="implicit"),
+    "smoothed_beta_training": lambda threat_model: SmoothedBETATraining(threat_model=threat_model, mu=1.0, steps=3),
+}
+ALL = TABLE | NOT_AT_ONE_CONSTANT_POINT
+every_objective = pytest.mark.parametrize("build", ALL.values(), ids=ALL)
 every_norm = pytest.mark.parametrize("threat_model", [LINF, L2, ThreatModel(norm="l1", epsilon=0.5)], ids=lambda t: t.norm)
 
 
@@ -72,6 +79,8 @@ def held(x_adv):
 def with_point_held(objective, x_adv):
     if isinstance(objective, AdversarialTraining):
         return AdversarialTraining(attack=held(x_adv), loss=objective.loss)
+    if isinstance(objective, BETATraining):
+        return AdversarialTraining(attack=held(x_adv))
     return type(objective)(attack=held(x_adv), beta=objective.beta)
 
 
@@ -235,7 +244,7 @@ def central_differences(function, parameters, step=1e-6):
     return gradients
 
 
-@every_objective
+@pytest.mark.parametrize("build", TABLE.values(), ids=TABLE)
 def test_parameter_gradients_are_central_differences_with_the_attacked_point_held(build):
     model, (x, y) = network(), batch()
     objective, parameters = build(LINF), list(model.parameters())
@@ -304,7 +313,7 @@ def test_the_same_generator_gives_the_same_loss(build):
 
 @every_objective
 def test_batch_statistics_move_by_the_passes_of_the_loss_alone(build):
-    """Clean batch, then attacked batch (adversarial training: the attacked one only), each once and in training mode."""
+    """TRADES and MART: clean batch, then attacked batch; the others: the attacked one only; each once and in training mode."""
     model, (x, y) = network(normalised=True), batch()
     objective, twin = build(LINF), copy.deepcopy(model)
     call, seen = recorded(model)
@@ -313,7 +322,7 @@ def test_batch_statistics_move_by_the_passes_of_the_loss_alone(build):
     model, untouched = copy.deepcopy(twin), copy.deepcopy(twin)
     losses = objective(model, x, y, generator=seeded())
     losses.sum().backward()
-    passes = seen[-1:] if isinstance(objective, AdversarialTraining) else [x, seen[-1]]
+    passes = [x, seen[-1]] if isinstance(objective, (TRADES, MART)) else seen[-1:]
     for rows in passes:
         twin(rows)
     assert all(m.training for m in model.modules())

@@ -19,7 +19,10 @@ PUBLIC_NAMES = {
         "PGD",
         "Alternating",
         "CallCounter",
+        "RandomRoundingFGSM",
         "Square",
+        "TransportAscent",
+        "TransportSearch",
         "Unrolled",
         "WorstCase",
         "count_calls",
@@ -89,6 +92,7 @@ PUBLIC_NAMES = {
     "metarobust.models": ["Normalize", "cnn", "mlp", "stack"],
     "metarobust.objectives": ["MART", "TRADES", "AdversarialTraining"],
     "metarobust.threat_models": ["NORMS", "ThreatModel"],
+    "metarobust.transport_costs": ["HardBall", "Insertion", "NormPower", "SoftHinge", "TransportCost"],
     "metarobust.types": ["Attack", "Batch", "Model", "Parameters", "RobustLoss", "Streams", "Task"],
 }
 

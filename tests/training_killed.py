@@ -59,7 +59,9 @@ def train(checkpoint: Path | None, *, initial_seed: int = 0, on_step=lambda: Non
 
 def child(folder: Path, progress: int) -> None:
     """Train, and write one byte into the pipe ``progress`` at each step."""
-    result = train(folder / "run.safetensors", initial_seed=os.getpid(), on_step=lambda: os.write(progress, b"."))
+    checkpoint = folder / "run.safetensors"
+    initial_seed = os.getpid() if checkpoint.exists() else 0
+    result = train(checkpoint, initial_seed=initial_seed, on_step=lambda: os.write(progress, b"."))
     result.save(folder / "result")
 
 

@@ -5,6 +5,7 @@ from metarobust.attacks._apgd import APGD
 from metarobust.attacks._beta import BETA
 from metarobust.attacks._counting import CallCounter, count_calls
 from metarobust.attacks._gradient import FGSM, PGD
+from metarobust.attacks._insertion import RandomRoundingFGSM
 from metarobust.attacks._square import Square
 from metarobust.attacks._transport import TransportAscent, TransportSearch
 from metarobust.attacks._unrolled import Unrolled
@@ -17,6 +18,7 @@ __all__ = [
     "PGD",
     "Alternating",
     "CallCounter",
+    "RandomRoundingFGSM",
     "Square",
     "TransportAscent",
     "TransportSearch",

@@ -26,8 +26,8 @@ class RandomRoundingFGSM:
     points only, see `TransportAscent` with `transport_costs.Insertion`. One call takes ``steps`` forward-backward passes and one
     forward pass.
 
-    The budget of insertions is an addition: the published attack has none. Of more insertions than it allows, those of the largest
-    gradient at the last relaxed point stay.
+    The budget of insertions is an addition: the published attack has none. Of more insertions than it allows, those stay whose
+    gradient is largest at the last relaxed point.
 
     Args:
         threat_model: l1 ball on the unit box; epsilon is the largest number of insertions per example. None: no limit.
@@ -39,8 +39,8 @@ class RandomRoundingFGSM:
     without one it comes from torch's global generator.
 
     Raises:
-        ValueError: a threat model that is no l1 ball on the unit box, a setting out of range; on a call, inputs other than 0 and 1
-            or labels outside the classes.
+        ValueError: a threat model that is no l1 ball on the unit box, a setting out of range; on a call, inputs other than 0
+            and 1 or labels outside the classes.
         TypeError: settings, inputs or labels of the wrong type.
 
     Example:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from metarobust import __version__
 from metarobust.command_line._bound import Bound
 from metarobust.command_line._demo import Demo
 from metarobust.command_line._evaluate import Evaluate
+from metarobust.command_line._train import Train
 
-VERBS: dict[str, type] = {"demo": Demo, "evaluate": Evaluate, "bound": Bound}
+VERBS: dict[str, type] = {"demo": Demo, "train": Train, "evaluate": Evaluate, "bound": Bound}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["--version"]:
         return _version()
     verb = _parse(words)
-    if not isinstance(verb, (Demo, Evaluate, Bound)):
+    if not isinstance(verb, (Demo, Train, Evaluate, Bound)):
         return None
     try:
         verb.run()
@@ -33,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         kept = "interrupted; files that were complete stay, nothing was half-written"
-        print("metarobust: " + (verb.interrupted() if isinstance(verb, Evaluate) else kept), file=sys.stderr)
-        sys.exit(130)
+        _end(verb.interrupted() if isinstance(verb, (Train, Evaluate)) else kept, 130)
 
 
 def _parse(words: list[str]) -> object:
@@ -94,8 +95,13 @@ def _meant(word: str, verb: str) -> str:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print("metarobust: " + " ".join(sentence.split()), file=sys.stderr)
-    sys.exit(2)
+    _end(" ".join(sentence.split()), 2)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
+        print("metarobust: " + sentence, file=sys.stderr)
+    sys.exit(code)
 
 
 def _version() -> None:

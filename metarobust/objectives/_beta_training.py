@@ -35,23 +35,25 @@ class BETATraining:
     - ``"none"``: it is dropped, as published.
     - ``"unrolled"``: the exact derivative of the loss at the last of ``steps`` steps. BETA chooses the class; from the same start
       (one per example, shared by its classes) the climb for that class is repeated with its graph. The choice is locally
-      constant, and steps made of signs, and coordinates that ball or box cut off, have derivative 0 (see
+      constant; steps made of signs, and coordinates that ball or box cut off, have derivative 0 (see
       `metarobust.attacks.Unrolled`). BETA keeps the best point of a climb, this the last.
     - ``"implicit"``: the derivative of the maximiser, by the implicit function theorem. Coordinates that ball or box hold stay;
       the others, on an l2 sphere its tangent, move by :math:`-(H - \mu I)^{-1}\, \partial_\theta G` with G and H gradient and
-      Hessian of :math:`M_{j^*}`, and :math:`\mu = \|G\| / \epsilon` on the sphere, 0 inside and for l_inf. Solved backwards by
-      conjugate gradients with Hessian-vector products, per example. It is as good as the maximum: where G does not vanish in the
-      free directions, it is the derivative of something else, and may be far too large. In l2 ten steps of RMSprop come close; in
-      l_inf they do not, take ``steps=100, step_rule="apgd"``. Where H is not negative on the free directions the solution
-      stops there. For piecewise-linear networks H = 0: in l_inf nothing remains, although the true maximiser sits on kinks that
-      move; in l2 what remains is exact while no kink is met.
+      Hessian of :math:`M_{j^*}`, and :math:`\mu = \|G\| / \epsilon` on the sphere, 0 inside and for l_inf. The adjoint system
+      is solved by conjugate gradients with Hessian-vector products, example by example.
 
-    The last two need a model that is twice differentiable, which compiled ones are not. ``"implicit"`` takes examples for
-    independent, which BatchNorm in training mode undoes; ``"unrolled"`` differentiates through batch statistics too. How large the
-    term is: docs/hypergradient.md.
+    The implicit derivative is as good as the maximum. What is left of G in the free directions makes it the derivative of
+    something else, often far too large. In l2 ten steps come close enough; in l_inf they do not: take ``steps=100,
+    step_rule="apgd"``. Where the point is no strict maximum (a direction without negative curvature), the solution of an example
+    ends with the directions before, at worst without the term. Piecewise-linear networks have H = 0. In l_inf they lose the
+    whole term, although their maximisers sit on kinks, which move; in l2 it is exact as long as no kink is met.
 
-    The attack takes ``steps`` forward-backward passes of ``batch * (classes - 1)`` rows and one more forward pass, and one over the
-    clean batch; then the loss takes one pass over ``batch`` rows. ``"unrolled"`` adds one forward pass and ``steps``
+    Both derivatives need a model that is twice differentiable, which compiled ones are not. ``"implicit"`` takes examples for
+    independent, which BatchNorm in training mode undoes; ``"unrolled"`` goes through batch statistics too. How large the term is:
+    docs/hypergradient.md.
+
+    The attack takes ``steps`` forward-backward passes of ``batch * (classes - 1)`` rows and one more forward pass, and one over
+    the clean batch; then the loss takes one pass over ``batch`` rows. ``"unrolled"`` adds one forward pass and ``steps``
     forward-backward passes of ``batch`` rows, kept in memory and differentiated again; ``"implicit"`` adds up to ``iterations``
     Hessian-vector products of ``batch`` rows. The attack leaves mode and BatchNorm statistics as they are, its steps are taken in
     the mode the model is in; the pass of the loss moves the statistics of a model in training mode.
@@ -108,7 +110,7 @@ class BETATraining:
     def _attack(self) -> BETA:
         return built_attack(self)
 
-    @cached_property
+    @property
     def _climb(self) -> Unrolled:
         threat_model, steps = self._attack.threat_model, self._attack.steps
         rule = rmsprop(threat_model, steps) if self.update_rule is None else self.update_rule

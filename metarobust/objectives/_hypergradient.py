@@ -79,17 +79,21 @@ def cross_entropy_at_optimum(
     tangent, multiplier = free_directions(threat_model, x_adv, x, gain.detach())
 
     def curvature(direction: Tensor) -> Tensor:
-        bent = None
-        if gain.requires_grad:
-            bent = torch.autograd.grad(gain, point, direction.view_as(point), retain_graph=True, allow_unused=True)[0]
-        straight = (multiplier + damping) * direction
-        return tangent(straight if bent is None else straight - flat(bent))
+        return tangent((multiplier + damping) * direction - hessian_product(gain, point, direction))
 
     # Relative to the whole slope: where that is normal to the sphere, as for two classes, the projection leaves rounding only.
     tolerance = norms(slope, "l2")[:, None] * torch.finfo(slope.dtype).eps ** 0.75
     direction = conjugate_gradient(curvature, tangent(slope), tolerance, iterations)
     term = (direction * flat(gain)).sum(1)
     return losses + (term - term.detach())
+
+
+def hessian_product(gradient: Tensor, point: Tensor, direction: Tensor) -> Tensor:
+    """H times ``direction [batch, dimensions]``, with H the derivative of ``gradient`` in ``point``; 0 where there is none."""
+    found = None
+    if gradient.requires_grad:
+        found = torch.autograd.grad(gradient, point, direction.view_as(point), retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(direction) if found is None else flat(found)
 
 
 def free_directions(

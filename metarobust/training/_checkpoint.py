@@ -153,15 +153,18 @@ class Checkpoint:
         run.scaler.load_state_dict(header["scaler"])
         run.history, run.best, run.best_epoch = history, best, header["best_epoch"]
         run.step, run.loss_sum, run.diagnostics = header["step"], header["loss_sum"], header["diagnostics"]
-        run.seconds, run.begin = header["seconds"], time.perf_counter()
+        run.seconds, run.begin = header["seconds"], 0.0
 
 
 def difference(name: str, theirs: Any, mine: Any) -> str:
     """Two values of one setting in words."""
     if name in NAMELESS:
         return f"another {name}" if name != "data" else "other data"
-    there, here = (shorten(str(value), LONGEST) for value in (theirs, mine))
-    return f"{name} {there} there and {here} here"
+    there, here = str(theirs), str(mine)
+    if max(len(there), len(here)) > LONGEST:  # then only the parts that the other does not have
+        parts = there.split(", "), here.split(", ")
+        there, here = (", ".join(p for p in own if p not in other) for own, other in (parts, parts[::-1]))
+    return f"{name} {shorten(there, LONGEST) or 'less'} there and {shorten(here, LONGEST) or 'less'} here"
 
 
 def _short_digest(text: str) -> str:

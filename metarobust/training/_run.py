@@ -134,8 +134,8 @@ class TrainingRun:
         with global_generators_from(generator, plan.device):
             if plan.augment is not None:
                 x = self.augmented(x, generator)
-            # Without a cache: it would hand the casts of a pass under no_grad, such as an attack makes, on to the pass that
-            # is differentiated, and the parameters would get no gradient.
+            # Without its cache, which in older versions of torch hands the casts of a pass under no_grad, such as an attack
+            # makes, on to the pass that is differentiated: then the parameters get no gradient.
             with torch.autocast(plan.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
                 return self.synchronised(x, y, generator, joint)
 

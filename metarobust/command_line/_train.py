@@ -1,0 +1,196 @@
+"""``metarobust train``: a robust classifier from the shell, with checkpoints, validation and the command that judges it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from metarobust.command_line._evaluate import _check_place, parse_number
+
+OF_ARMOR = ("divergence", "order", "radius", "kappa", "natural_weight", "robust_classes")
+"""Flags that only armor-* objectives read."""
+OF_LOSSES = {"beta": ("trades", "mart"), "mu": ("smoothed-beta",), "hypergradient": ("beta",)}
+"""Flags that only these objectives read, with and without armor- in front."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a classifier on a robust objective, and keep the parameters of the best epoch on held-out training data.
+
+    Writes NAME.safetensors (best epoch), NAME-last.safetensors, NAME.json, NAME.png and, for a network of its own, NAME.py. A
+    command that was interrupted goes on when it is repeated. Test data is not touched: the last line says how to judge on it.
+
+    Example: metarobust train --objective armor-trades --radius 0.1 --data mnist --epsilon 0.3 --warm-up 5 --out armor.safetensors
+    """
+
+    data: str
+    """mnist, fashion-mnist, cifar10, cifar100 or digits (the training part of each), or an .npz file with images and labels."""
+    epsilon: str
+    """Radius of the ball in input units, pixels in [0, 1]: 0.3, or a fraction such as 8/255."""
+    objective: Literal[
+        "at", "trades", "mart", "udr", "beta", "smoothed-beta",
+        "armor-at", "armor-trades", "armor-mart", "armor-udr", "armor-beta", "armor-smoothed-beta",
+    ] = "at"  # fmt: skip
+    """Adversarial training, TRADES, MART, UDR, BETA training, its smoothed form; armor- in front reweights the examples."""
+    out: Path = Path("metarobust-model.safetensors")
+    """File for the best parameters, NAME.safetensors; the other files stand beside it."""
+    model: str | None = None
+    """mlp or cnn, perhaps with widths (mlp:256,256 or cnn:32,64), or FILE.py:FUNCTION as for metarobust evaluate.
+    Default: mlp:128 for digits and for images that are not square, otherwise cnn:32,64."""
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    """Norm of the ball."""
+    steps: int = 10
+    """Steps of the attack in training. Validation takes PGD with 20."""
+    beta: float | None = None
+    """TRADES and MART: weight of the KL term. Default: 6."""
+    mu: float | None = None
+    """smoothed-beta: sharpness of the weights of the wrong classes, in 1 / logit."""
+    hypergradient: Literal["none", "unrolled", "implicit"] | None = None
+    """beta: what becomes of the gradient through the attack. Default: none."""
+    divergence: Literal["kl", "alpha", "renyi"] | None = None
+    """armor-*: which divergence the weights may move by. Default: kl."""
+    order: float | None = None
+    """Order of the alpha or Renyi divergence."""
+    radius: float | None = None
+    """armor-*: how far, in units of the divergence, at least 0."""
+    kappa: float | None = None
+    """armor-*: price of the budget, in units of the loss. Default: 0."""
+    natural_weight: float | None = None
+    """armor-*: share of the natural loss, from 0 to 1. Default: 0."""
+    robust_classes: str | None = None
+    """armor-*: only these classes are attacked and reweighted, with commas between: 1,3. Default: all."""
+    epochs: int = 20
+    """Passes over the training data, besides the warm-up."""
+    warm_up: int = 0
+    """Epochs before the others in which epsilon rises in equal steps; where a large epsilon ends in constant predictions."""
+    batch_size: int = 128
+    """Largest number of examples of a step, over all processes together."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    """How the parameters move."""
+    learning_rate: float | None = None
+    """Initial learning rate. Default: 0.1 for sgd, 0.001 for adam and adamw."""
+    momentum: float | None = None
+    """sgd: momentum. Default: 0.9."""
+    weight_decay: float | None = None
+    """Weight decay. Default: 0.0005 for sgd, 0 for adam, 0.01 for adamw."""
+    schedule: str = "piecewise"
+    """constant, cosine, piecewise, or progress:factor pairs: 0.5:0.1,0.75:0.01, which is what piecewise stands for."""
+    clip_norm: float | None = None
+    """Largest Euclidean norm of a gradient. Default: no limit."""
+    amp: Literal["bfloat16", "float16"] | None = None
+    """Lower precision for objective and attack; float16 needs a GPU. Default: full precision."""
+    validation: str = "0.1"
+    """Part of the training data that is held out, class by class, to choose the best epoch: a share, or a number such as 500."""
+    examples: int | None = None
+    """Only the first so many examples, before the split. Default: all."""
+    root: Path | None = None
+    """Folder that holds the data sets, as torchvision lays them out. Default: METAROBUST_DATA, else ~/.cache/metarobust."""
+    download: bool = False
+    """Fetch the data set into the root if it is missing."""
+    seed: int = 0
+    """Seed of all randomness: initial parameters, split, order, attacks."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one. Under torchrun each process takes its own."""
+
+    def run(self) -> None:
+        """Train, print the table and write the files."""
+        least = {"epochs": 1, "batch_size": 1, "steps": 1, "examples": 1, "warm_up": 0, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{_flag(name)} must be an integer >= {bound}, got {value}")
+        epsilon = parse_number("--epsilon", self.epsilon)
+        check_read(self)
+        if self.out.suffix != ".safetensors":
+            raise ValueError(f"--out must end in .safetensors, got {self.out}; write {self.out.with_suffix('.safetensors')}")
+        _check_place("--out", self.out)
+        parse_schedule(self.schedule)
+        parse_held_out(self.validation)
+        parse_robust_classes(self.robust_classes)
+        from metarobust.command_line._train_run import run_training
+
+        run_training(self, epsilon)
+
+    @property
+    def part(self) -> str | None:
+        """The part of a named data set that is read."""
+        return None if self.data.endswith(".npz") else "train"
+
+    def interrupted(self) -> str:
+        """What to tell whoever pressed Ctrl-C."""
+        from metarobust.command_line._train_files import ResultFiles
+
+        kept = ResultFiles(self.out).checkpoints(self.warm_up)
+        if not kept:
+            return "interrupted before the first step was done; nothing was kept"
+        return f"interrupted; the work is kept in {kept[-1]}: run the same command again to go on"
+
+
+def check_read(flags: Train) -> None:
+    """Refuse flags that were given and that nothing would read, and say what is missing."""
+    armor, loss = flags.objective.startswith("armor-"), flags.objective.removeprefix("armor-")
+    for name in OF_ARMOR:
+        if getattr(flags, name) is not None and not armor:
+            remedy = f"leave it out, or write --objective armor-{loss}"
+            raise ValueError(f"{_flag(name)} is read by armor-* objectives only, not by {flags.objective}; {remedy}")
+    for name, losses in OF_LOSSES.items():
+        if getattr(flags, name) is not None and loss not in losses:
+            readers = " and ".join(f"{loss} and armor-{loss}" for loss in losses)
+            raise ValueError(f"{_flag(name)} is read by {readers} only, not by {flags.objective}; leave it out")
+    divergence = flags.divergence or "kl"
+    if flags.order is not None and divergence == "kl":
+        raise ValueError("--order is read by --divergence alpha and renyi only, not by kl; leave it out")
+    if flags.momentum is not None and flags.optimizer != "sgd":
+        raise ValueError(f"--momentum is read by --optimizer sgd only, not by {flags.optimizer}; leave it out")
+    for name in ("root", "download"):
+        if getattr(flags, name) and (flags.data == "digits" or flags.data.endswith(".npz")):
+            raise ValueError(f"--{name} is read for data that torchvision loads, not for {flags.data}; leave it out")
+    if loss == "udr" and flags.norm != "linf":
+        raise ValueError(f"--norm must be linf for {flags.objective}, got {flags.norm}")
+    needed = {"radius": armor, "order": armor and divergence != "kl", "mu": loss == "smoothed-beta"}
+    for name, reader in (("radius", flags.objective), ("order", f"--divergence {divergence}"), ("mu", flags.objective)):
+        if needed[name] and getattr(flags, name) is None:
+            raise ValueError(f"--{name} must be given for {reader}, which has no default for it; see metarobust train --help")
+
+
+def parse_schedule(text: str) -> str | dict[float, float]:
+    """``"constant"``, ``"cosine"``, or the factor from each progress on."""
+    if text in ("constant", "cosine"):
+        return text
+    if text == "piecewise":
+        return {0.5: 0.1, 0.75: 0.01}
+    factors = {}
+    for pair in text.split(","):
+        progress, colon, factor = pair.partition(":")
+        try:
+            factors[float(progress)] = float(factor)
+        except ValueError:
+            colon = ""
+        if not colon:
+            expected = "constant, cosine, piecewise, or pairs such as 0.5:0.1,0.75:0.01"
+            raise ValueError(f"--schedule must be {expected}, got {text!r}")
+    return factors
+
+
+def parse_held_out(text: str) -> int | float:
+    """A number of examples, or a share below 1."""
+    number = parse_number("--validation", text)
+    if 0 < number < 1:
+        return number
+    if number < 1 or not math.isfinite(number) or number != int(number):
+        raise ValueError(f"--validation must be a share between 0 and 1 or a number of examples >= 1, got {text}")
+    return int(number)
+
+
+def parse_robust_classes(text: str | None) -> tuple[int, ...] | None:
+    """Class numbers, rising and each once."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--robust-classes must be class numbers with commas between, got {text!r}; write --robust-classes 1,3")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

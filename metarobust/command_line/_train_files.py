@@ -1,0 +1,116 @@
+"""The files of one training, and what those that are there already mean for the command that is about to run."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metarobust import __version__
+from metarobust._files import write_atomically
+
+if TYPE_CHECKING:
+    from metarobust.command_line._train import Train
+
+FORMAT = "metarobust train 1"
+PLACES = ("out", "root", "download", "device")
+"""Flags that say where the work is done: they may differ when a command is repeated."""
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """NAME.safetensors, which ``--out`` names, and the files beside it."""
+
+    best: Path
+
+    @property
+    def last(self) -> Path:
+        """The last parameters."""
+        return self.best.with_stem(self.best.stem + "-last")
+
+    @property
+    def record(self) -> Path:
+        """Settings, history and versions; of a run that is not finished, the settings."""
+        return self.best.with_suffix(".json")
+
+    @property
+    def figure(self) -> Path:
+        """Loss and validation accuracies."""
+        return self.best.with_suffix(".png")
+
+    @property
+    def network(self) -> Path:
+        """The function that builds the network, if that is one of this package."""
+        return self.best.with_suffix(".py")
+
+    def checkpoint(self, stage: int, warm_up: int) -> Path:
+        """The state of a stage; the warm-up epochs are stages from 0, the training proper follows them."""
+        return self.best.with_suffix(".checkpoint" if stage == warm_up else f".warm-up-{stage + 1}.checkpoint")
+
+    def checkpoints(self, warm_up: int) -> list[Path]:
+        """Those that exist, in the order of the stages."""
+        paths = (self.checkpoint(stage, warm_up) for stage in range(warm_up + 1))
+        return [path for path in paths if path.exists()]
+
+    def stage_to_begin(self, flags: "Train", source: str | None) -> int:
+        """0, or the stage in which an interrupted run of the same command stands.
+
+        Raises:
+            ValueError: what is there belongs to a finished training, to another command, or to somebody else.
+        """
+        record, mine = self.read_record(), settings_of(flags)
+        theirs: dict[str, Any] = {} if record is None else record["settings"]
+        warm_up = theirs.get("warm_up", flags.warm_up)
+        kept = self.checkpoints(warm_up)
+        differing = [name for name in mine if name not in theirs or theirs[name] != mine[name]]
+        if record is not None and record["finished"]:
+            if not differing:
+                raise ValueError(
+                    f"this training is finished and its files are there; to train again pass another --out, and to judge "
+                    f"{self.best}: {record['evaluate']}"
+                )
+            remedy = f"pass another --out, or delete {self.best}, {self.record} and the files beside them"
+            self._refuse(f"those of a finished training with {_told(differing, theirs, mine)}", remedy)
+        if record is not None and kept and differing:
+            remedy = f"repeat its command to go on, pass another --out, or delete {kept[-1]} to start again"
+            self._refuse(f"those of an interrupted training with {_told(differing, theirs, mine)}", remedy)
+        strangers = [self.network] if source is not None and self.network.exists() and self.network.read_text() != source else []
+        if record is None:
+            strangers += [path for path in (self.best, self.last, self.record, self.figure, *kept) if path.exists()]
+        if strangers:
+            self._refuse(" and ".join(map(str, strangers)), "pass another --out, or move what is there")
+        return max((stage for stage in range(warm_up + 1) if self.checkpoint(stage, warm_up).exists()), default=0)
+
+    def _refuse(self, got: str, remedy: str) -> None:
+        raise ValueError(f"--out must be a name whose files are not there yet, got {self.best} and {got}; {remedy}")
+
+    def read_record(self) -> dict[str, Any] | None:
+        """The record, if there is one that this command wrote."""
+        try:
+            found = json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+    def write_record(self, flags: "Train", *, finished: bool, **more: Any) -> None:
+        """Settings, versions, and whatever else is known."""
+        import torch
+
+        versions = {"metarobust": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        content = {"format": FORMAT, "finished": finished, "settings": settings_of(flags), **more, "versions": versions}
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(self.record, lambda path: path.write_text(text))
+
+
+def settings_of(flags: "Train") -> dict[str, Any]:
+    """Every flag that the result depends on."""
+    return {name: value for name, value in asdict(flags).items() if name not in PLACES}
+
+
+def _told(names: list[str], theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """Settings that differ, in words."""
+
+    def word(value: Any) -> str:
+        return "left out" if value is None else str(value)
+
+    return ", ".join(f"--{name.replace('_', '-')} {word(theirs.get(name))} there and {word(mine[name])} here" for name in names)

@@ -1,0 +1,113 @@
+"""What ``metarobust train`` tells and leaves: lines while it runs, a table at the end, and the files."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+
+from metarobust._files import write_atomically
+from metarobust.command_line._evaluate_run import say
+from metarobust.training import EpochRecord, TrainingResult
+
+if TYPE_CHECKING:
+    from metarobust.command_line._train_run import Job
+
+
+def evaluation(job: "Job") -> str:
+    """The command that judges the best parameters on test data."""
+    flags, own = job.flags, job.network.source is None
+    place = job.network.name if own else f"{job.files.network}:build"
+    data = "TEST.npz" if flags.data.endswith(".npz") else flags.data
+    words = ["--model", place, "--weights", str(job.files.best), "--data", data, "--norm", flags.norm]
+    words += ["--epsilon", flags.epsilon] + ([] if flags.root is None else ["--root", str(flags.root)])
+    return shlex.join(["metarobust", "evaluate", *words])
+
+
+def announce(job: "Job", begin: int, processes: int) -> None:
+    """Before the first step: what is trained on what, and whether an interrupted run goes on."""
+    flags, kept = job.flags, job.files.checkpoint(begin, job.flags.warm_up)
+    ball = f"{flags.norm.replace('l', 'l_', 1)}, epsilon {job.balls[-1].epsilon:.4g}"
+    print(f"{flags.objective}, {ball}, {flags.data}: {len(job.train):,} examples to train on, {len(job.held_out):,} held out")
+    parameters = sum(p.numel() for p in job.model.parameters())
+    where = f"{processes} processes" if processes > 1 else str(job.device)
+    print(f"model {job.network.name}, {parameters:,} parameters, on {where}", flush=True)
+    if kept.exists():
+        print(f"going on from {kept}", flush=True)
+
+
+def reporter(job: "Job", stage: int) -> Callable[[EpochRecord], None]:
+    """A line per epoch, where no progress bar shows as much."""
+    flags, ball = job.flags, job.balls[stage]
+
+    def report(record: EpochRecord) -> None:
+        if sys.stderr.isatty():
+            return
+        if stage < flags.warm_up:
+            title, validated = f"warm-up {stage + 1} of {flags.warm_up}, epsilon {ball.epsilon:.4g}", ""
+        else:
+            title = f"epoch {record.epoch} of {flags.epochs}"
+            validated = f", clean {record.clean_accuracy:.3f}, robust {record.robust_accuracy:.3f}"
+        print(f"{title}: loss {record.loss:.4f}{validated}, {record.seconds:.1f} s", flush=True)
+
+    return report
+
+
+def write_network(job: "Job") -> None:
+    """The file that builds a network of this package."""
+    source = job.network.source
+    if source is not None:
+        write_atomically(job.files.network, lambda path: path.write_text(source))
+
+
+def write(job: "Job", result: TrainingResult) -> None:
+    """Parameters and figure, and then the record, which says that all of them are there."""
+    files = job.files
+    assert result.best is not None
+    for path, state in ((files.best, result.best), (files.last, result.last)):
+        write_atomically(path, lambda temporary, state=state: save_file(state, temporary))
+    result.plot(files.figure)
+    files.write_record(
+        job.flags,
+        finished=True,
+        model=job.network.name,
+        objective=repr(job.objectives[-1]),
+        validation={"train": len(job.train), "held_out": len(job.held_out), "attack": repr(job.attack)},
+        best_epoch=result.best_epoch,
+        history=[asdict(record) for record in result.history],
+        evaluate=evaluation(job),
+    )
+
+
+def print_result(job: "Job", result: TrainingResult) -> None:
+    """The table, the files, and how to go on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    files, ball = job.files, job.balls[-1]
+    assert result.best_epoch is not None
+    norm = ball.norm.replace("l", "l_", 1)
+    title = f"accuracy on {len(job.held_out):,} held-out examples, PGD-{job.attack.steps}, {norm}, epsilon {ball.epsilon:.4g}"
+    table = Table(title=title, title_justify="left")
+    for column in ("parameters", "epoch", "clean", "robust", "file"):
+        table.add_column(column, justify="right" if column in ("epoch", "clean", "robust") else "left", overflow="fold")
+    for name, record, path in (
+        ("best", result.history[result.best_epoch - 1], files.best),
+        ("last", result.history[-1], files.last),
+    ):
+        accuracies = f"{record.clean_accuracy:.3f}", f"{record.robust_accuracy:.3f}"
+        table.add_row(name, str(record.epoch), *accuracies, path.name)
+    Console(highlight=False).print(table)
+    best = result.history[result.best_epoch - 1]
+    most_frequent = float(job.held_out.labels.bincount().max()) / len(job.held_out)
+    if best.clean_accuracy is not None and best.clean_accuracy <= most_frequent:
+        say("the model predicts no better than one constant class; pass a larger --warm-up, or a smaller --learning-rate")
+    names = [files.best, files.last, files.record, files.figure, *([] if job.network.source is None else [files.network])]
+    print("wrote " + ", ".join(map(str, names[:-1])) + f" and {names[-1]}")
+    if job.flags.data.endswith(".npz"):
+        print(f"test data is for the end; put yours, which is not {job.flags.data}, in the place of TEST.npz:")
+    else:
+        print("test data was not touched; judge the best parameters on it:")
+    print(f"  {evaluation(job)}")

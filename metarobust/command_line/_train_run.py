@@ -1,0 +1,178 @@
+"""What ``metarobust train`` does once its flags are read: data, network, warm-up, training."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from metarobust._tensors import seeded
+from metarobust.attacks import PGD
+from metarobust.command_line._bound_run import read_points
+from metarobust.command_line._evaluate_run import _probe, say
+from metarobust.command_line._train import parse_held_out, parse_robust_classes
+from metarobust.command_line._train_files import ResultFiles
+from metarobust.command_line._train_network import Network, chosen_network
+from metarobust.command_line._train_objectives import build_objective, build_optimizer, build_schedule, optimizer_settings
+from metarobust.command_line._train_processes import agreed, joined_processes
+from metarobust.command_line._train_report import announce, print_result, reporter, write, write_network
+from metarobust.data import LabelledImages, split
+from metarobust.evaluation._inputs import generator_for
+from metarobust.threat_models import ThreatModel
+from metarobust.training import TrainingResult, fit
+
+if TYPE_CHECKING:
+    from metarobust.command_line._bound import Bound
+    from metarobust.command_line._train import Train
+
+VALIDATION_STEPS = 20
+"""Of the PGD that chooses the best epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that a training needs, checked; the same on every process but for the device.
+
+    Attributes:
+        balls: one for each warm-up epoch, and the one of the training proper; the objectives are in the same order.
+    """
+
+    flags: "Train"
+    balls: list[ThreatModel]
+    objectives: list[Callable[..., Any]]
+    train: LabelledImages
+    held_out: LabelledImages
+    network: Network
+    model: nn.Module
+    device: torch.device
+
+    @property
+    def files(self) -> ResultFiles:
+        """What it leaves."""
+        return ResultFiles(self.flags.out)
+
+    @property
+    def attack(self) -> PGD:
+        """What the best epoch is chosen by."""
+        return PGD(threat_model=self.balls[-1], steps=VALIDATION_STEPS)
+
+
+def run_training(flags: "Train", epsilon: float) -> None:
+    """Train in one process, or in each of those that torchrun started; rank 0 alone prints and writes."""
+    shares = [(stage + 1) / (flags.warm_up + 1) for stage in range(flags.warm_up + 1)]
+    balls = [ThreatModel(norm=flags.norm, epsilon=share * epsilon) for share in shares]
+    objectives = [build_objective(flags, ball) for ball in balls]
+    optimizer_settings(flags)
+    build_schedule(flags)
+    with joined_processes(flags.device) as (device, processes):
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: the others find what it has downloaded
+        read = agreed(processes, lambda: read_training_data(flags) if first else None)
+        data = agreed(processes, lambda: read_training_data(flags) if read is None else read)
+
+        def prepared() -> Job:
+            train, held_out = parts(flags, data)
+            network = chosen_network(flags.model, data)
+            model = initial_model(network, flags.seed, data, device)
+            return Job(
+                flags=flags, balls=balls, objectives=objectives, train=train, held_out=held_out,
+                network=network, model=model, device=device,
+            )  # fmt: skip
+
+        job = agreed(processes, prepared)
+        begin = agreed(processes, lambda: job.files.stage_to_begin(flags, job.network.source))
+        leads = processes.rank == 0
+        if leads:
+            announce(job, begin, processes.count)
+        try:
+            _train(job, begin, leads=leads)
+        except Exception as error:
+            if not leads:  # rank 0 may not have met this failure
+                say(f"process {processes.rank}: {error}")
+            raise
+
+
+def _train(job: Job, begin: int, *, leads: bool) -> None:
+    """Train, print and write, the last two on one process only."""
+    flags, files = job.flags, job.files
+    if leads:
+        files.write_record(flags, finished=False)
+        write_network(job)
+    try:
+        result = _in_stages(job, begin, leads=leads)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; pass a smaller one") from error
+    finally:
+        if leads and not files.checkpoints(flags.warm_up):  # not one step was done
+            for path in (files.record, *([] if job.network.source is None else [files.network])):
+                path.unlink(missing_ok=True)
+    if leads:
+        write(job, result)
+        print_result(job, result)
+        for path in files.checkpoints(flags.warm_up):
+            path.unlink()
+
+
+def _in_stages(job: Job, begin: int, *, leads: bool) -> TrainingResult:
+    """Each warm-up epoch in a ball of its own, then the training proper; parameters and optimizer go through all of them.
+
+    The checkpoint of a finished stage stays until the next one is finished too: a repeated command begins with the latest.
+    """
+    flags, files = job.flags, job.files
+    common: dict[str, Any] = {"batch_size": flags.batch_size, "clip_norm": flags.clip_norm, "amp": flags.amp or False}
+    common["optimizer"] = build_optimizer(flags, job.model)
+    for stage in range(begin, flags.warm_up + 1):
+        proper: dict[str, Any] = {"epochs": 1, "seed": _seed_of_warm_up(flags.seed, stage)}
+        if stage == flags.warm_up:
+            proper = {"epochs": flags.epochs, "seed": flags.seed, "schedule": build_schedule(flags)}
+            proper |= {"validation": job.held_out, "validation_attack": job.attack}
+        result = fit(
+            job.model,
+            job.objectives[stage],
+            job.train,
+            checkpoint=files.checkpoint(stage, flags.warm_up),
+            on_epoch=reporter(job, stage) if leads else None,
+            **common,
+            **proper,
+        )
+        if leads and stage > 0:
+            files.checkpoint(stage - 1, flags.warm_up).unlink(missing_ok=True)
+    return result  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def read_training_data(flags: "Train") -> LabelledImages:
+    """The training part of the named data set or the .npz file, cut to the first ``--examples``."""
+    data = read_points(cast("Bound", flags), None)  # it reads the same five flags
+    classes = parse_robust_classes(flags.robust_classes) or ()
+    missing = sorted(set(classes) - set(data.labels.tolist()))
+    if missing:
+        known = ", ".join(map(str, sorted(set(data.labels.tolist()))))
+        raise ValueError(f"--robust-classes must be among those of the data, {known}, got {', '.join(map(str, missing))}")
+    return data
+
+
+def parts(flags: "Train", data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """Examples to train on, and those that are held out to choose the best epoch."""
+    held_out = parse_held_out(flags.validation)
+    count = max(1, round(held_out * len(data))) if isinstance(held_out, float) else held_out
+    if count >= len(data):
+        raise ValueError(f"--validation must leave examples to train on, got {flags.validation} of {len(data)}")
+    train, validation = split(data, (len(data) - count, count), generator=generator_for(flags.seed, "validation split", 0))
+    return train, validation
+
+
+def initial_model(network: Network, seed: int, data: LabelledImages, device: torch.device) -> nn.Module:
+    """The network with parameters from the seed, once it has shown that it takes the images."""
+    with seeded(generator_for(seed, "initial parameters", 0)):
+        model = network.build().to(device)
+    modes = [(module, module.training) for module in model.modules()]
+    _probe(model.eval(), data.images[:1].to(device))
+    for module, training in modes:
+        module.training = training
+    return model
+
+
+def _seed_of_warm_up(seed: int, stage: int) -> int:
+    """Another one for each stage, which would otherwise all draw the noise of the first epoch."""
+    return int(torch.randint(2**62, (), generator=generator_for(seed, "warm-up", stage)))
