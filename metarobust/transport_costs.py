@@ -125,17 +125,47 @@ class NormPower:
         return x_adv.clamp(self.lower, self.upper)
 
     def step(self, x_adv: Tensor, x: Tensor, gradient: Tensor, *, scale: float, length: float) -> Tensor:
-        r"""Steepest ascent of :math:`g \cdot x' - t \|x' - x\|_p`, where t is the slope of the scaled cost at ``x_adv``.
+        r"""Ascent of :math:`g \cdot x' - s L \|x' - x\|_p^q` for the gradient g at ``x_adv``.
 
-        The norm is kept as it is and not replaced by its gradient, which jumps where coordinates tie (linf) or return to 0
-        (l1). At ``x`` itself the slope counts as 0.
+        For l2 and q > 1 straight towards its maximiser. Otherwise steepest ascent with the norm kept as it is, not replaced
+        by its gradient, which jumps where coordinates tie (linf) or return to 0 (l1), and for q > 1 no further out than
+        any maximiser can be. At ``x`` itself the slope of the cost counts as 0.
         """
-        radius = norms(x_adv - x, self.norm)
-        moved = radius > 0
-        slope = scale * self.weight * self.power * torch.where(moved, radius, 1.0) ** (self.power - 1)
-        slope = torch.where(moved, slope, 0.0)
-        move = {"linf": self._linf, "l2": self._l2, "l1": self._l1}[self.norm]
-        return self.project(move(x_adv, x, gradient, slope, length), x)
+        price = scale * self.weight * self.power
+        move = x_adv - x
+        radius = norms(move, self.norm)
+        if price > 0 and self.power > 1 and self.norm == "l2":
+            return self.project(self._towards_maximiser(x_adv, x, gradient, radius, price, length), x)
+        slope = torch.where(radius > 0, price * torch.where(radius > 0, radius, 1.0) ** (self.power - 1), 0.0)
+        step = {"linf": self._linf, "l2": self._l2, "l1": self._l1}[self.norm]
+        moved = self.project(step(x_adv, x, gradient, slope, length), x)
+        if price > 0 and self.power > 1:
+            # Where the slope exceeds the gradient's dual norm, every direction loses; but no step is longer than its length.
+            dual = norms(gradient, {"linf": "l1", "l1": "linf", "l2": "l2"}[self.norm])
+            furthest = torch.maximum((dual / price) ** (1 / (self.power - 1)), radius - length)
+            reached = norms(moved - x, self.norm)
+            share = torch.where(reached > furthest, furthest / torch.where(reached > 0, reached, 1.0), 1.0)
+            moved = torch.where(per_example(share < 1, x), x + per_example(share, x) * (moved - x), moved)
+        return moved
+
+    def _towards_maximiser(
+        self, x_adv: Tensor, x: Tensor, gradient: Tensor, radius: Tensor, price: float, length: float
+    ) -> Tensor:
+        r"""Towards :math:`d = (\|g\|_2 / (s L q))^{1 / (q - 1)} g / \|g\|_2`; coordinates that the box holds stay.
+
+        Beside held coordinates the stationary point :math:`g_j = s L q \|d\|^{q - 2} d_j` is taken at the present radius.
+        """
+        exponent = 1 / (self.power - 1)
+        alone = per_example((norms(gradient, "l2") / price) ** exponent, x) * self.free_ball.ascent_direction(gradient)
+        beyond = torch.where(gradient > 0, x + alone >= self.upper, x + alone <= self.lower)
+        held = beyond & torch.where(gradient > 0, x_adv >= self.upper, x_adv <= self.lower) & (gradient != 0)
+        free = gradient.masked_fill(held, 0.0)
+        present = torch.where(radius > 0, radius, 1.0) ** (2 - self.power)
+        beside = per_example(norms(free, "l2") / price * present, x) * self.free_ball.ascent_direction(free)
+        target = torch.where(per_example(held.flatten(1).any(1), x), beside, alone)
+        way = torch.where(held, 0.0, x + target - x_adv)
+        distance = norms(way, "l2")
+        return x_adv + per_example((length / torch.where(distance > 0, distance, 1.0)).clamp(max=1.0), x) * way
 
     def _l2(self, x_adv: Tensor, x: Tensor, gradient: Tensor, slope: Tensor, length: float) -> Tensor:
         """A normalised step; coordinates that the box holds take no share of its length."""

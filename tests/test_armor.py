@@ -402,7 +402,7 @@ SETTINGS = {"robust_loss": ROBUST_LOSSES["adversarial_training"], "divergence": 
         ({"robust_classes": 1}, "robust_classes must be a tuple of class indices, got 1; write robust_classes=(1,)"),
         ({"robust_classes": ()}, "robust_classes must be not empty, got (); write robust_classes=(1,)"),
         ({"robust_classes": (-1,)}, "robust_classes must be an integer >= 0, got -1"),
-        ({"transport_cost": NormPower}, "transport_cost must be a transport cost, got"),
+        ({"transport_cost": NormPower}, "transport_cost must be a transport cost, as NormPower(weight=1.0), got"),
         ({"transport_cost": NormPower(weight=1.0)}, "step_size must be given for NormPower"),
         (
             {"transport_cost": HardBall(threat_model=LINF), "robust_loss": ROBUST_LOSSES["beta_training"]},

@@ -18,6 +18,7 @@ LAYERS = [
     ("command_line",),
 ]
 LAYER_OF: dict[str, float] = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
+LAYER_OF["_tensor_files"] = 0.5  # made of _files
 LAYER_OF["transport_costs"] = 1.5  # made of threat models, and attacks are made with it
 LATE = {"torchvision", "learn2learn", "ot", "matplotlib", "sklearn", "tyro"}
 

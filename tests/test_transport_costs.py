@@ -157,8 +157,24 @@ def test_the_price_is_read_at_the_current_point(name):
     balance = scale * cost.weight * cost.power * radius ** (cost.power - 1)
     gradient = torch.stack([1.05 * balance * slopes, 0.95 * balance * slopes])
     moved = cost.step(x + radius * direction, x, gradient, scale=scale, length=length)
-    torch.testing.assert_close(cost.free_ball.distance(moved, x), torch.tensor([0.26, 0.24], dtype=torch.float64))
-    torch.testing.assert_close(moved, x + torch.tensor([[0.26], [0.24]]).double() * direction)
+    outward, inward = 0.26, 0.24
+    if cost.power > 1:  # no further than the maximiser of the linear loss
+        factors = [factor ** (1 / (cost.power - 1)) for factor in (1.05, 0.95)]
+        outward = min(outward, factors[0] * radius)
+        inward = max(inward, factors[1] * radius) if cost.norm == "l2" else inward
+    expected = torch.tensor([outward, inward], dtype=torch.float64)
+    torch.testing.assert_close(cost.free_ball.distance(moved, x), expected)
+    torch.testing.assert_close(moved, x + expected[:, None] * direction)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_coordinates_that_the_box_holds_take_no_part_of_a_step(norm):
+    x = torch.tensor([[1.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
+    gradient = torch.tensor([[100.0, -100.0, 1.0, -0.5]], dtype=torch.float64)
+    cost = NormPower(weight=1.0, norm=norm)
+    moved = cost.step(x, x, gradient, scale=1.0, length=0.1)
+    assert cost.free_ball.distance(moved, x).item() == pytest.approx(0.1)
+    assert torch.equal(moved[:, :2], x[:, :2])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])

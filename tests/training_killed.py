@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def child(folder: Path, progress: int) -> None:
 def main(folder: Path, seed: int) -> int:
     """Kill one child after the other, a random number of steps and of milliseconds after its start."""
     torch.set_num_threads(1)
+    # Python 3.12 and later warn of threads where a process forks; these are idle ones of a linear algebra library.
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
     # The first optimizer imports slow parts of torch: here once, and not in every child.
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()
     moments, killed = random.Random(seed), 0

@@ -47,8 +47,9 @@ class TransportAscent:
     r"""Maximises :math:`\Phi = l(f(x'), y) - s\, c(x', x)` per example, what a dual of price s expects of an adversary.
 
     This is :math:`\Phi` of `dro.worst_case_expectation` (Birrell and Ebrahimi, 2025, arXiv 2309.03791). Each step is steepest
-    ascent of the whole of it at the current point, in the norm of the cost, inside the domain of the cost (see ``step`` of the
-    costs). The result is the best point by :math:`\Phi` of all that were evaluated, x among them, which costs nothing.
+    ascent of the whole of it at the current point, in the norm of the cost and inside its domain; where the best point for the
+    gradient at hand is nearer, the step ends there (see ``step`` of the costs). The result is the best point by :math:`\Phi` of
+    all that were evaluated, x among them, which costs nothing.
 
     The lengths of the steps fall linearly, :math:`2 \bar h (T - t) / (T + 1)` for t = 0 to T - 1 with the mean
     :math:`\bar h` = ``step_size``: the iterates pass a maximum along a line once and then alternate around it, ever closer, to at
@@ -140,8 +141,8 @@ class TransportAscent:
 
         ``rescale(losses [batch, 2], costs [batch, 2]) -> float`` makes attack and dual share one scale: what it returns replaces
         ``scale``. The columns are x and the best moved point so far; before the first move, when it is first called, both are
-        x. It is called again ``rescalings`` times during the ascent (fewer if there are fewer steps) and after the last step,
-        never for an empty batch. The best points are judged anew at each scale, by the losses and costs that were stored.
+        x. It is called again ``rescalings`` times during the ascent (fewer if there are fewer steps) and after the last step;
+        for an empty batch as often, so that processes that share a scale stay in step. The best points are judged anew at each scale, by the losses and costs that were stored.
         The second column keeps the best moved point even where x is better, because a dual may ask for a mixture of the two,
         at a scale where they are equally good; for the same reason the result is the moved point when it is as good as x up
         to rounding (1e-6). Without ``rescale``, it is never worse than x.
@@ -151,12 +152,16 @@ class TransportAscent:
         if isinstance(cost, Insertion):
             check_binary(x)
         record_call(len(x))
-        if len(x) == 0:
-            nothing = x.new_zeros(0)
-            return TransportSearch(x.clone(), nothing, nothing.clone(), nothing.clone(), scale)
         lengths, point = self._lengths(), x.clone()
         free = max(1, sum(2 * way < sum(lengths) for way in accumulate(lengths)))
         moments = {round(part * self.steps / (self.rescalings + 1)) for part in range(self.rescalings + 1)}
+        if len(x) == 0:
+            nothing = _Best(x, x.new_zeros(0), x.new_zeros(0), x.new_zeros(0, dtype=torch.bool))
+            for _ in range(0 if rescale is None else len(moments) + 1):  # in step with processes whose batch is not empty
+                scale = _rescaled(rescale, nothing.losses, nothing)
+                if self._stuck(scale):
+                    break
+            return TransportSearch(point, nothing.losses, nothing.costs, nothing.losses, scale)
         if self.random_start:
             radius = free_ball.epsilon if free_ball.epsilon > 0 else sum(lengths) / self.steps
             radius = min(radius, free_ball.upper - free_ball.lower) if free_ball.norm == "linf" else radius
@@ -170,16 +175,20 @@ class TransportAscent:
                     best = best.or_better(point, losses, cost.cost(point, x), x, scale)
                 if rescale is not None and step in moments:
                     scale = _rescaled(rescale, natural, best)
-                if free_ball.epsilon == 0 and (scale == math.inf or isinstance(cost, HardBall)):  # nothing may move
+                if self._stuck(scale):
                     return TransportSearch(x.clone(), natural, torch.zeros_like(natural), natural.clone(), scale)
                 assert gradient is not None
-                price = 0.0 if step < free and scale < math.inf else scale
-                point = cost.step(point, x, gradient, scale=price, length=length)
+                point = cost.step(point, x, gradient, scale=0.0 if step < free else scale, length=length)
             losses, _ = self._evaluate(model, point, y, differentiate=False)
             best = best.or_better(point, losses, cost.cost(point, x), x, scale)
         if rescale is not None:
             scale = _rescaled(rescale, natural, best)
         return best.or_natural(x, natural, scale, slack=0.0 if rescale is None else TIE)
+
+    def _stuck(self, scale: float) -> bool:
+        """Whether no move is allowed."""
+        cost = self.transport_cost
+        return cost.free_ball.epsilon == 0 and (scale == math.inf or isinstance(cost, HardBall))
 
     def _lengths(self) -> list[float]:
         """The length of each step, or the number of bits for insertions."""

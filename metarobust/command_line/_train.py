@@ -17,8 +17,8 @@ OF_LOSSES = {"beta": ("trades", "mart"), "mu": ("smoothed-beta",), "hypergradien
 class Train:
     """Train a classifier on a robust objective, and keep the parameters of the best epoch on held-out training data.
 
-    Writes NAME.safetensors (best epoch), NAME-last.safetensors, NAME.json, NAME.png and, for a network of its own, NAME.py. A
-    command that was interrupted goes on when it is repeated. Test data is not touched: the last line says how to judge on it.
+    Writes NAME.safetensors (best epoch), NAME-last.safetensors, NAME.json, NAME.png and, for mlp and cnn, NAME.py. A command that
+    was interrupted goes on when it is repeated. Test data is not touched: the last line says how to judge the model on it.
 
     Example: metarobust train --objective armor-trades --radius 0.1 --data mnist --epsilon 0.3 --warm-up 5 --out armor.safetensors
     """
@@ -36,7 +36,7 @@ class Train:
     """File for the best parameters, NAME.safetensors; the other files stand beside it."""
     model: str | None = None
     """mlp or cnn, perhaps with widths (mlp:256,256 or cnn:32,64), or FILE.py:FUNCTION as for metarobust evaluate.
-    Default: mlp:128 for digits and for images that are not square, otherwise cnn:32,64."""
+    Default: mlp:128 for images of up to 8 x 8 pixels or not square, otherwise cnn:32,64."""
     norm: Literal["linf", "l2", "l1"] = "linf"
     """Norm of the ball."""
     steps: int = 10
@@ -62,7 +62,7 @@ class Train:
     epochs: int = 20
     """Passes over the training data, besides the warm-up."""
     warm_up: int = 0
-    """Epochs before the others in which epsilon rises in equal steps; where a large epsilon ends in constant predictions."""
+    """Epochs before the others in which epsilon rises in equal steps; needed where a large one ends in constant predictions."""
     batch_size: int = 128
     """Largest number of examples of a step, over all processes together."""
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"

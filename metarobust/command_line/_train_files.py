@@ -74,9 +74,11 @@ class ResultFiles:
         if record is not None and kept and differing:
             remedy = f"repeat its command to go on, pass another --out, or delete {kept[-1]} to start again"
             self._refuse(f"those of an interrupted training with {_told(differing, theirs, mine)}", remedy)
-        strangers = [self.network] if source is not None and self.network.exists() and self.network.read_text() != source else []
-        if record is None:
-            strangers += [path for path in (self.best, self.last, self.record, self.figure, *kept) if path.exists()]
+        results = [] if record is not None and kept else [self.best, self.last, self.figure]
+        results += [self.record, *kept] if record is None else []
+        strangers = [path for path in results if path.exists()]
+        if source is not None and self.network.exists() and self.network.read_text() != source:
+            strangers.append(self.network)
         if strangers:
             self._refuse(" and ".join(map(str, strangers)), "pass another --out, or move what is there")
         return max((stage for stage in range(warm_up + 1) if self.checkpoint(stage, warm_up).exists()), default=0)

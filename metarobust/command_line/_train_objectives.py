@@ -87,5 +87,8 @@ def build_schedule(flags: "Train") -> Schedule | None:
     """A factor of the learning rate for each progress; None where it stays."""
     found = parse_schedule(flags.schedule)
     if isinstance(found, dict):
-        return piecewise(found)
+        try:
+            return piecewise(found)
+        except ValueError as error:
+            raise ValueError(f"--schedule: {error}") from error
     return cosine if found == "cosine" else None

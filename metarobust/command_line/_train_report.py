@@ -101,9 +101,9 @@ def print_result(job: "Job", result: TrainingResult) -> None:
         table.add_row(name, str(record.epoch), *accuracies, path.name)
     Console(highlight=False).print(table)
     best = result.history[result.best_epoch - 1]
-    most_frequent = float(job.held_out.labels.bincount().max()) / len(job.held_out)
-    if best.clean_accuracy is not None and best.clean_accuracy <= most_frequent:
-        say("the model predicts no better than one constant class; pass a larger --warm-up, or a smaller --learning-rate")
+    constant = float(job.held_out.labels.bincount().max()) / len(job.held_out)
+    if best.robust_accuracy is not None and best.robust_accuracy <= constant:
+        say(f"always predicting one class would be as robust ({constant:.3f}); pass a larger --warm-up, or more --epochs")
     names = [files.best, files.last, files.record, files.figure, *([] if job.network.source is None else [files.network])]
     print("wrote " + ", ".join(map(str, names[:-1])) + f" and {names[-1]}")
     if job.flags.data.endswith(".npz"):

@@ -163,13 +163,10 @@ def parts(flags: "Train", data: LabelledImages) -> tuple[LabelledImages, Labelle
 
 
 def initial_model(network: Network, seed: int, data: LabelledImages, device: torch.device) -> nn.Module:
-    """The network with parameters from the seed, once it has shown that it takes the images."""
+    """The network with parameters from the seed, once it has shown that it takes the images; ``fit`` chooses its mode."""
     with seeded(generator_for(seed, "initial parameters", 0)):
         model = network.build().to(device)
-    modes = [(module, module.training) for module in model.modules()]
     _probe(model.eval(), data.images[:1].to(device))
-    for module, training in modes:
-        module.training = training
     return model
 
 

@@ -208,7 +208,7 @@ class ARMOR:
 
         def rescale(losses: Tensor, costs: Tensor) -> float:
             together = gather_examples(torch.stack([losses.double(), costs.double()], 1))
-            return self._solve(together[:, 0], together[:, 1], losses[:, 0], rows).scale
+            return self._solve(together[:, 0], together[:, 1], losses[:, 0], rows).scale if len(together) else 1.0
 
         climb = TransportAscent(
             transport_cost=ascent.transport_cost,

@@ -88,7 +88,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def check_schedule(schedule: Callable[[float], float] | None, steps: int) -> tuple[float, ...]:
-    """The factors of at most 1000 of the run's steps, if each is a finite number >= 0."""
+    """The factors at the run's steps, or at a thousand of them or more, if each is a finite number >= 0."""
     if schedule is None:
         return ()
     if not callable(schedule):

@@ -153,7 +153,7 @@ class Checkpoint:
         run.scaler.load_state_dict(header["scaler"])
         run.history, run.best, run.best_epoch = history, best, header["best_epoch"]
         run.step, run.loss_sum, run.diagnostics = header["step"], header["loss_sum"], header["diagnostics"]
-        run.seconds, run.begin = header["seconds"], 0.0
+        run.seconds, run.begin = header["seconds"], time.perf_counter()
 
 
 def difference(name: str, theirs: Any, mine: Any) -> str:

@@ -96,7 +96,8 @@ def fit(
         seed: of all randomness.
         checkpoint: a file that keeps the whole state: after the first step, then every ``checkpoint_seconds``, and after each
             epoch. If it is there already, the run goes on from it, with the parameters it holds; it must belong to the same
-            run (data, model, settings, by name for functions). Its folder must exist. Loading it executes no code.
+            run (data, model, settings, by name for functions). Its folder must exist. Loading it executes no code. What was
+            done since the last file is done again.
         checkpoint_seconds: least time between two files within an epoch; it grows to ten times what writing takes.
         silent: no progress bar; there is none either when standard error is no terminal.
         on_epoch: called with the record of each epoch, once its checkpoint is written, on every process; the model is in
@@ -153,9 +154,12 @@ def fit(
     integer("seed", seed, least=0)
     finite("checkpoint_seconds", checkpoint_seconds, least=0.0)
     require(batch_size <= len(x), "batch_size", f"at most {len(x)}, the number of examples", batch_size)
-    if (validation is None) != (validation_attack is None):
-        missing = "validation_attack" if validation_attack is None else "validation"
-        raise ValueError(message(missing, "given beside the other of validation and validation_attack", None))
+    if validation is not None and validation_attack is None:
+        raise ValueError(message("validation_attack", "an attack where validation is given", None, "write PGD(threat_model=...)"))
+    if validation is None and validation_attack is not None:
+        raise ValueError(
+            message("validation", "data where validation_attack is given", None, "hold examples out of the training")
+        )
     for name, function in (("validation_attack", validation_attack), ("augment", augment), ("on_epoch", on_epoch)):
         if function is not None and (isinstance(function, type) or not callable(function)):
             raise TypeError(message(name, "a function", repr(function)))

@@ -190,6 +190,8 @@ class TrainingRun:
     def finish_epoch(self) -> EpochRecord:
         """Validate, put the epoch into the history, and keep the parameters if they are the best so far."""
         plan = self.plan
+        # Again, for a run that was interrupted after the last step of the epoch: the record shows the rate of that step.
+        self.set_learning_rates((len(self.history) + 1) * plan.steps - 1)
         plan.processes.align_buffers(plan.model)
         plan.model.eval()
         clean, robust = (None, None) if plan.validation is None else self.accuracies(*plan.validation)
