@@ -2,10 +2,11 @@
 
     METAROBUST_DATA=... uv run python -m benchmarks.objectives --cifar10 FOLDER [--processes 2] [--out results/objectives]
 
-Every run starts at one warm-up network per data set and seed: adversarial training whose epsilon rises over four epochs (from a
-random start, training at full epsilon ends at constant predictions, on both data sets). From there each objective trains with the
-same optimizer, schedule, batches and number of epochs; no setting was tuned per objective. Best is the epoch of the highest PGD-20
-accuracy on 1,000 validation images; the test images are seen once, at the end, by stronger attacks than any used in training.
+Every run starts at one warm-up network per data set and seed: adversarial training whose epsilon rises over four epochs (in
+trials from a random start, training at full epsilon stayed at constant predictions, on both data sets). From there each
+objective trains with the same optimizer, schedule, batches and number of epochs; no setting was tuned per objective. Best is the
+epoch of the highest PGD-20 accuracy on 1,000 validation images; the test images are seen once, at the end, by stronger attacks
+than any used in training.
 ``--cifar10`` names the folder of an .npz pair (see `README`); without it only MNIST runs. Each run is a file in ``--out``, so
 that the benchmark goes on where it was stopped; ``--table`` prints what is there. ``--setting gpu`` is the longer one.
 """

@@ -98,21 +98,24 @@ def images(name: str, train: int, test: int) -> tuple[LabelledImages, LabelledIm
         everything = load_npz(name)
         size = len(everything) * 4 // 5
         both = split(everything, (size, len(everything) - size), generator=torch.Generator().manual_seed(0))
-    return tuple(part.select(torch.arange(min(n, len(part)))) for part, n in zip(both, (train, test), strict=True))
+    training, held_out = both
+    return training.select(torch.arange(min(train, len(training)))), held_out.select(torch.arange(min(test, len(held_out))))
 
 
 def binary(path: str | None, train: int, test: int) -> tuple[LabelledImages, LabelledImages]:
     """Zeros and ones as images of one row."""
     if path is None:
-        return tuple(
+        training, held_out = (
             LabelledImages((part.images > 0.5).float().flatten(1)[:, None, None], part.labels, 10)
             for part in images("digits", train, test)
         )
+        return training, held_out
     with np.load(path, allow_pickle=False) as arrays:
         x, y = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["y"]).long()
     everything = LabelledImages(x[:, None, None], y, int(y.max()) + 1)
     size = len(everything) * 4 // 5
-    return split(everything, (size, len(everything) - size), generator=torch.Generator().manual_seed(0))
+    training, held_out = split(everything, (size, len(everything) - size), generator=torch.Generator().manual_seed(0))
+    return training, held_out
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Robey et al. (2024), arXiv 2306.11035: train on the best targeted attack, and less of the robustness is lost again.
 
-Claim: adversarial training on the cross-entropy reaches its best robust accuracy early and loses it while training goes on
-(robust overfitting); training as a non-zero-sum game (BETA-AT) hardly does. Here both train the same classifier on 200
-digits, from the same start. The best epoch is chosen by PGD-20 accuracy on 200 validation digits; best and last are then attacked with the standard
-protocol on 697 test digits.
+Claim: adversarial training on the cross-entropy reaches its best robust accuracy early and loses some of it while training goes
+on (robust overfitting); training as a non-zero-sum game (BETA-AT) hardly does. Here both train the same classifier on 200 digits,
+from the same start. The best epoch is chosen by PGD-20 accuracy on 200 validation digits; best and last are then attacked with
+the standard protocol on 697 test digits.
 
 Command:   uv run python examples/robey2024_beta_training.py [--seeds 3] [--epochs 150] [--figure curves.png] [--quick]
 Time:      TIME on one core; --quick a few seconds, with smaller numbers.
@@ -70,7 +70,7 @@ def draw(path: str, curves: dict[str, list[TrainingResult]]) -> None:
     axes = figure.subplots()
     for colour, (name, results) in zip(("tab:blue", "tab:red", "tab:orange"), curves.items(), strict=True):
         for number, result in enumerate(results):
-            robust = [record.robust_accuracy for record in result.history]
+            robust = [record.robust_accuracy or 0.0 for record in result.history]
             axes.plot(range(1, len(robust) + 1), robust, color=colour, label=name if number == 0 else None, linewidth=1)
     axes.set(xlabel="epoch", ylabel="robust validation accuracy (PGD-20)", title="digits, l_inf 0.15")
     axes.legend()

@@ -136,6 +136,7 @@ def test_losses_keep_their_own_defaults(shell: Shell, fits: list[Any]) -> None:
     expected = [TRADES(threat_model=ball, steps=2), MART(attack=PGD(threat_model=ball, steps=2))]
     assert [objective for _, objective, _, _ in fits] == [*expected, BETATraining(threat_model=ball, steps=2)]
     assert fits[0][3]["validation_attack"] == PGD(threat_model=ball, steps=20)
+    assert "--norm l2 --epsilon 1/2" in record("beta")["evaluate"]
 
 
 @pytest.mark.parametrize(

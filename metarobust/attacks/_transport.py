@@ -141,8 +141,9 @@ class TransportAscent:
 
         ``rescale(losses [batch, 2], costs [batch, 2]) -> float`` makes attack and dual share one scale: what it returns replaces
         ``scale``. The columns are x and the best moved point so far; before the first move, when it is first called, both are
-        x. It is called again ``rescalings`` times during the ascent (fewer if there are fewer steps) and after the last step;
-        for an empty batch as often, so that processes that share a scale stay in step. The best points are judged anew at each scale, by the losses and costs that were stored.
+        x. It is called again ``rescalings`` times during the ascent (fewer if there are fewer steps) and after the last step,
+        for an empty batch as often, so that processes that share a scale stay in step. The best points are judged anew at each
+        scale, by the losses and costs that were stored.
         The second column keeps the best moved point even where x is better, because a dual may ask for a mixture of the two,
         at a scale where they are equally good; for the same reason the result is the moved point when it is as good as x up
         to rounding (1e-6). Without ``rescale``, it is never worse than x.
@@ -157,10 +158,11 @@ class TransportAscent:
         moments = {round(part * self.steps / (self.rescalings + 1)) for part in range(self.rescalings + 1)}
         if len(x) == 0:
             nothing = _Best(x, x.new_zeros(0), x.new_zeros(0), x.new_zeros(0, dtype=torch.bool))
-            for _ in range(0 if rescale is None else len(moments) + 1):  # in step with processes whose batch is not empty
-                scale = _rescaled(rescale, nothing.losses, nothing)
-                if self._stuck(scale):
-                    break
+            if rescale is not None:
+                for _ in range(len(moments) + 1):
+                    scale = _rescaled(rescale, nothing.losses, nothing)
+                    if self._stuck(scale):
+                        break
             return TransportSearch(point, nothing.losses, nothing.costs, nothing.losses, scale)
         if self.random_start:
             radius = free_ball.epsilon if free_ball.epsilon > 0 else sum(lengths) / self.steps

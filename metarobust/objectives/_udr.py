@@ -27,8 +27,8 @@ class UDR:
     (Danskin) where the ascent reaches a unique one. As the multiplier s grows this is adversarial training in the ball.
 
     The published training lowers s from 1 while the mean move is below epsilon; here s is a constant. Under `ARMOR` the dual sets
-    s for every batch from its radius, exactly. The ascent follows the gradient of CE - s c and keeps the best point; the published
-    one adds a sign step and a shrinking step that maximise no common objective.
+    s for every batch from its radius, exactly. The ascent follows the gradient of CE - s c and keeps the best point; the
+    published one adds a sign step and a shrinking step that maximise no common objective.
 
     Args:
         threat_model: l_inf ball and box, in input units.

@@ -79,7 +79,7 @@ def fit(
         optimizer: over all parameters of the model that require a gradient, ``step()`` without a closure. Learned optimizers
             of ``metarobust.meta_optimizers`` are ones too, if they read the gradient alone (no second stream).
         epochs: passes over the data, at least 1.
-        batch_size: largest number of examples of a step, over all processes together.
+        batch_size: largest number of examples of a step, over all processes together; more than there are means all of them.
         validation: data that no step sees, for the accuracies of each epoch and the choice of the best one. It must not be
             the test data.
         validation_attack: an attack for robust accuracy on ``validation``; both are given or neither. An example counts as
@@ -153,7 +153,6 @@ def fit(
     integer("batch_size", batch_size, least=1)
     integer("seed", seed, least=0)
     finite("checkpoint_seconds", checkpoint_seconds, least=0.0)
-    require(batch_size <= len(x), "batch_size", f"at most {len(x)}, the number of examples", batch_size)
     if validation is not None and validation_attack is None:
         raise ValueError(message("validation_attack", "an attack where validation is given", None, "write PGD(threat_model=...)"))
     if validation is None and validation_attack is not None:
