@@ -1,5 +1,6 @@
 """What it costs an adversary to move x to x': hard balls, powers of norms, balls with soft edges, insertions of bits."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -128,45 +129,47 @@ class NormPower:
         return x_adv.clamp(self.lower, self.upper)
 
     def step(self, x_adv: Tensor, x: Tensor, gradient: Tensor, *, scale: float, length: float) -> Tensor:
-        r"""Ascent of :math:`g \cdot x' - s L \|x' - x\|_p^q` for the gradient g at ``x_adv``.
+        r"""Steepest ascent of :math:`g \cdot x' - s L \|x' - x\|_p^q` for the gradient g at ``x_adv``, ended near its maximiser.
 
-        For l2 and q > 1 straight towards its maximiser. Otherwise steepest ascent with the norm kept as it is, not replaced
-        by its gradient, which jumps where coordinates tie (linf) or return to 0 (l1), and for q > 1 no further out than
-        any maximiser can be. At ``x`` itself the slope of the cost counts as 0.
+        The norm is kept as it is and not replaced by its gradient, which jumps where coordinates tie (linf) or return to 0
+        (l1). At ``x`` itself the slope of the cost counts as 0. For q > 1 the step ends in the maximiser if that is within its
+        length (l2), or at the largest radius that a maximiser can have.
         """
         price = scale * self.weight * self.power
-        move = x_adv - x
-        radius = norms(move, self.norm)
-        if price > 0 and self.power > 1 and self.norm == "l2":
-            return self.project(self._towards_maximiser(x_adv, x, gradient, price, length), x)
+        radius = norms(x_adv - x, self.norm)
         slope = torch.where(radius > 0, price * torch.where(radius > 0, radius, 1.0) ** (self.power - 1), 0.0)
         step = {"linf": self._linf, "l2": self._l2, "l1": self._l1}[self.norm]
         moved = self.project(step(x_adv, x, gradient, slope, length), x)
-        if price > 0 and self.power > 1:
-            # Where the slope exceeds the gradient's dual norm, every direction loses; but no step is longer than its length.
-            dual = norms(gradient, {"linf": "l1", "l1": "linf", "l2": "l2"}[self.norm])
-            furthest = torch.maximum((dual / price) ** (1 / (self.power - 1)), radius - length)
-            reached = norms(moved - x, self.norm)
-            share = torch.where(reached > furthest, furthest / torch.where(reached > 0, reached, 1.0), 1.0)
-            moved = torch.where(per_example(share < 1, x), x + per_example(share, x) * (moved - x), moved)
-        return moved
+        if price == 0 or self.power <= 1:
+            return moved
+        if self.norm == "l2":
+            best = self._l2_maximiser(x, gradient, price)
+            return torch.where(per_example(norms(best - x_adv, "l2") <= length, x), best, moved)
+        # Where the slope exceeds the gradient's dual norm, every direction loses; but no step is longer than its length.
+        dual = norms(gradient, {"linf": "l1", "l1": "linf"}[self.norm])
+        furthest = torch.maximum((dual / price) ** (1 / (self.power - 1)), radius - length)
+        reached = norms(moved - x, self.norm)
+        share = torch.where(reached > furthest, furthest / torch.where(reached > 0, reached, 1.0), 1.0)
+        return torch.where(per_example(share < 1, x), x + per_example(share, x) * (moved - x), moved)
 
-    def _towards_maximiser(self, x_adv: Tensor, x: Tensor, gradient: Tensor, price: float, length: float) -> Tensor:
-        r"""Towards :math:`d = clip(t g)`, the box's clip, with the t that makes :math:`t\, s L q \|d\|^{q - 2}` equal to 1.
+    def _l2_maximiser(self, x: Tensor, gradient: Tensor, price: float) -> Tensor:
+        r"""The point of the box at :math:`d = clip(t g)` with the t that makes :math:`t\, s L q \|d\|^{q - 2}` equal to 1.
 
         Without a clip that is the radius :math:`(\|g\|_2 / (s L q))^{1 / (q - 1)}`. From there t moves monotonically to the
         solution, because the left side grows by a factor between those of t and of t^(q - 1).
         """
-        size = norms(gradient, "l2").clamp(min=torch.finfo(x.dtype).tiny)
-        unit, low, high = gradient / per_example(size, x), self.lower - x, self.upper - x
-        wish = ((size / price) ** (1 / (self.power - 1))).clamp(max=1e6 * (self.upper - self.lower))  # t times the size of g
+        # Logarithms in float64: no power leaves its range, however steep or flat the loss.
+        tiny, furthest = torch.finfo(torch.float64).tiny, math.log(1e4 * (self.upper - self.lower))
+        size = norms(gradient, "l2").double().clamp(min=tiny).log() - math.log(price)
+        unit, low, high = self.free_ball.ascent_direction(gradient), self.lower - x, self.upper - x
+        wish = (size / (self.power - 1)).clamp(max=furthest)  # log of t times the size of g
+        move = (per_example(wish.exp(), x).to(x.dtype) * unit).clamp(low, high)
         for _ in range(MAXIMISER_ROUNDS):
-            reached = norms((per_example(wish, x) * unit).clamp(low, high), "l2").clamp(min=torch.finfo(x.dtype).tiny)
-            missed = size / (price * wish.clamp(min=torch.finfo(x.dtype).tiny)) * reached ** (2 - self.power)
-            wish = wish * missed.clamp(0.01, 100.0) ** (1 / max(1.0, self.power - 1))
-        way = x + (per_example(wish, x) * unit).clamp(low, high) - x_adv
-        distance = norms(way, "l2")
-        return x_adv + per_example((length / torch.where(distance > 0, distance, 1.0)).clamp(max=1.0), x) * way
+            reached = norms(move, "l2").double().clamp(min=tiny).log()
+            wish = wish + (size - wish + (2 - self.power) * reached) / max(1.0, self.power - 1)
+            wish = wish.clamp(max=furthest)
+            move = (per_example(wish.exp(), x).to(x.dtype) * unit).clamp(low, high)
+        return x + move
 
     def _l2(self, x_adv: Tensor, x: Tensor, gradient: Tensor, slope: Tensor, length: float) -> Tensor:
         """A normalised step; coordinates that the box holds take no share of its length."""

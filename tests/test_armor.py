@@ -358,6 +358,35 @@ def test_a_loss_that_is_not_finite_stops_with_the_row(cost):
         objective(broken, x, y)
 
 
+def test_a_bad_row_is_counted_in_the_whole_batch():
+    model, (x, y) = network(), batch()
+    label = int(y[4])
+    attack = lambda model, x, y, generator=None: x  # noqa: E731
+    objective = ARMOR(robust_loss=AdversarialTraining(attack=attack), divergence=KL(), radius=0.1, robust_classes=(label,))
+    first = int((y == label).nonzero()[0])
+    with pytest.raises(FloatingPointError, match=f"the first in row {first} of the batch"):
+        objective(lambda x: model(x) * torch.nan, x, y)
+    assert first != 0, "otherwise every way of counting gives it"
+
+
+@every_cost
+@pytest.mark.parametrize("robust_loss", [ROBUST_LOSSES["trades"], ROBUST_LOSSES["mart"]], ids=["trades", "mart"])
+def test_the_ascent_climbs_what_is_charged(robust_loss, cost):
+    """TRADES and MART charge for the change of the prediction at x, which the ascent must compare with too."""
+    model, (x, y) = network(), batch()
+    model = nn.Sequential(nn.BatchNorm1d(6).double(), model)
+    objective = ARMOR(robust_loss=robust_loss, divergence=KL(), radius=0.2, transport_cost=cost, step_size=0.05)
+    before = int(model[0].num_batches_tracked)
+    found = searched(objective, model, x, y)
+    assert int(model[0].num_batches_tracked) == before
+    clean = model(x)
+    torch.testing.assert_close(found.natural_losses, robust_loss.charge(clean, clean, y).detach())
+    plain = network()
+    found = searched(objective, plain, x, y)
+    torch.testing.assert_close(found.losses, robust_loss.charge(plain(x), plain(found.x_adv), y).detach())
+    assert bool((found.x_adv != x).any())
+
+
 def test_mart_keeps_the_attack_of_its_baseline():
     """Section 8: the published ARMOR attacks the whole MART loss where the baseline attacks the cross-entropy: a confound."""
     model, (x, y) = network(), batch()

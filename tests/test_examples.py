@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,18 @@ def test_readme_bounds_example_prints_what_it_says(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == shown
+
+
+def test_readme_training_commands_run(tmp_path: Path) -> None:
+    """The block of `metarobust train` trains, and the model that it writes can be evaluated as it says."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [b for b in blocks if "metarobust train" in b]
+    program = "import sys; from metarobust.command_line import main; main(sys.argv[1:])"
+    for line in block.strip().replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("uv run metarobust "))
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program, *words],
+            capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "worst case" in done.stdout

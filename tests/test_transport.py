@@ -91,6 +91,17 @@ def test_a_linear_loss_without_a_box_is_moved_to_the_known_radius(norm, power, s
             torch.testing.assert_close(cost.free_ball.distance(found.x_adv, x), radius.expand(8), rtol=0.06, atol=0)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_optimum_much_nearer_than_a_step_is_found(norm):
+    """The radius is a hundredth of the last step's length, and a thousandth of the first one's."""
+    slopes, x, radius = normal(8, 12), uniform(8, 12), 1e-4
+    slopes = slopes / torch.linalg.vector_norm(slopes, ord=DUAL[norm], dim=1, keepdim=True)
+    for power in (1.5, 2.0, 3.0):
+        cost = NormPower(weight=1 / (power * radius ** (power - 1)), norm=norm, power=power, **FAR)
+        phi, _ = ascend_linear(cost, slopes, x, steps=10, step_size=0.05)
+        assert (phi >= 0.99 * (1 - 1 / power) * radius).all()
+
+
 def best_in_the_box(slopes, x, norm, power, price):
     """The largest a . d - price * ||d||_p^q in the unit box by a fine search over the one parameter of its solution."""
     size, room = slopes.abs(), torch.where(slopes > 0, 1 - x, x)
@@ -340,6 +351,24 @@ def test_rescale_is_called_before_during_and_after_the_ascent(steps, rescalings,
         assert (shown[0][1] == 0).all()
     assert all((costs[:, 1] > 0).all() for _, costs in shown[1:])
     assert found.scale == 0.5
+
+
+@pytest.mark.parametrize("cost", [NormPower(weight=1.0), HardBall(threat_model=ThreatModel(epsilon=0))])
+@pytest.mark.parametrize(("steps", "answers"), [(8, [0.5]), (1, [0.5]), (8, [0.5, 0.5, math.inf])])
+def test_an_empty_batch_asks_for_the_scale_as_often_as_any_other(cost, steps, answers):
+    """Processes that gather their candidates must call equally often."""
+    calls = []
+    for size in (0, 1, 6):
+        calls.append(0)
+
+        def rescale(losses, costs):
+            calls[-1] += 1
+            return answers[min(calls[-1], len(answers)) - 1]
+
+        attack = TransportAscent(transport_cost=cost, steps=steps, step_size=0.1)
+        found = attack.search(network(), uniform(size, 16), torch.arange(size) % 3, rescale=rescale)
+        assert found.scale == answers[min(calls[-1], len(answers)) - 1]
+    assert calls[0] == calls[1] == calls[2] > 0
 
 
 def test_the_scale_of_the_last_answer_decides():

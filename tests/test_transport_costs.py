@@ -177,6 +177,24 @@ def test_coordinates_that_the_box_holds_take_no_part_of_a_step(norm):
     assert torch.equal(moved[:, :2], x[:, :2])
 
 
+@pytest.mark.parametrize("power", [1.1, 1.5, 2.0, 3.0, 5.0])
+def test_a_long_l2_step_ends_in_the_maximiser_within_the_box(power):
+    x, gradient, tolerance = uniform(9, 7), normal(9, 7), 1e-2 if power < 1.5 else 1e-4
+    for radius in (0.02, 0.5, 1.3):
+        cost = NormPower(weight=1.0, power=power)
+        scale = float(torch.linalg.vector_norm(gradient, dim=1).mean()) / (power * radius ** (power - 1))
+        family = [(gradient * t).clamp(-x, 1 - x) for t in torch.logspace(-8, 4, 3001).double()]
+        best = torch.stack([(d * gradient).sum(1) - scale * cost.cost(x + d, x) for d in family]).amax(0)
+        for start in (x, cost.project(x + 0.1 * normal(9, 7, seed=5), x)):
+            moved = cost.step(start, x, gradient, scale=scale, length=100.0)
+            assert ((moved - x) * gradient).sum(1).sub(scale * cost.cost(moved, x)).ge(best * (1 - tolerance)).all()
+    for dtype in (torch.float16, torch.float32, torch.float64):  # nothing overflows, nothing is 0 / 0
+        for size in (0.0, 1e-30, 1e-4, 1e4):
+            moved = cost.step(x.to(dtype), x.to(dtype), (size * gradient).to(dtype), scale=scale, length=0.1)
+            assert moved.isfinite().all()
+    torch.testing.assert_close(cost.step(x, x, 0 * gradient, scale=scale, length=0.1), x)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_steps_where_the_norm_has_kinks_are_the_best_of_a_grid(norm):
     """The step maximises gradient . x' - slope * norm exactly, where it may go: no grid point does better."""
