@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,9 +183,7 @@ def one_run(name: str, data: str, seed: int, setting_name: str, cifar10: str | N
     working = folder / "unfinished"
     working.mkdir(parents=True, exist_ok=True)
     model = warm_up(data, setting, seed, training, working / f"{setting_name}-{data}-warm-{seed}.safetensors")
-    begin = time.perf_counter()
     result = train(name, data, setting, seed, model, (training, validation), working)
-    seconds = time.perf_counter() - begin
     threat_model = ThreatModel(norm="linf", epsilon=EPSILONS[data])
     content = {
         "run": {"objective": name, "data": data, "seed": seed, "setting": setting_name},
@@ -195,7 +192,6 @@ def one_run(name: str, data: str, seed: int, setting_name: str, cifar10: str | N
         "last": measure(model, result.last, test, threat_model),
         "best_epoch": result.best_epoch,
         "history": [asdict(record) for record in result.history],
-        "training_seconds": seconds,
         "environment": environment(),
     }
     text = json.dumps(content, indent=1) + "\n"
@@ -214,8 +210,8 @@ def table(out: str, setting: str) -> None:
         if not any(key[0] == data for key in found):
             continue
         print(f"\n{NAMES[data]}; %, mean over seeds (lowest to highest)\n")
-        print("| objective | seeds | clean, best | PGD-50, best | standard, best | standard, last | best - last | s per epoch |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| objective | seeds | clean, best | PGD-50, best | standard, best | standard, last | best - last |")
+        print("|---|---|---|---|---|---|---|")
         for name in RUNS:
             runs = found.get((data, name), [])
             if not runs:
@@ -224,8 +220,6 @@ def table(out: str, setting: str) -> None:
             for part, column in (("best", "clean"), ("best", "pgd"), ("best", "standard"), ("last", "standard")):
                 cells.append(_spread([run[part][column] for run in runs]))
             cells.append(_spread([run["best"]["standard"] - run["last"]["standard"] for run in runs], signed=True))
-            each = [run["training_seconds"] / len(run["history"]) for run in runs]
-            cells.append(f"{statistics.mean(each):.1f}")
             print("| " + " | ".join(cells) + " |")
 
 
