@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; default: torch's own choice")
+    parser.add_argument("--only", nargs="*", help="a part of the objectives, by the names in the table")
     parser.add_argument("--out", default="results")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -82,6 +83,8 @@ def main() -> None:
     content: dict[str, Any] = {}
     print(f"batch {BATCH}, {STEPS} steps, {torch.get_num_threads()} thread(s); step over its passes, median [lowest, highest]")
     for name, (objective, counts, bar) in cases.items():
+        if arguments.only and name not in arguments.only:
+            continue
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
         def step(objective: Any = objective, optimizer: torch.optim.Optimizer = optimizer) -> None:
