@@ -6,8 +6,11 @@ from the same start. The best epoch is chosen by PGD-20 accuracy on 200 validati
 the standard protocol on 697 test digits.
 
 Command:   uv run python examples/robey2024_beta_training.py [--seeds 3] [--epochs 150] [--figure curves.png] [--quick]
-Time:      TIME on one core; --quick a few seconds, with smaller numbers.
-Expected:  EXPECTED
+Time:      3 to 4 minutes on one core; --quick a few seconds, with smaller numbers.
+Expected:  robust test accuracy, mean of seeds 0 to 2: best 0.529, 0.534, 0.546 and last 0.544, 0.547, 0.550 for PGD, BETA and
+           smoothed BETA. Here nothing is lost by training on, by any of the three, so this set is too easy to show the claim, and
+           the epoch that 200 validation digits choose is no better than the last. benchmarks/objectives.py asks the same of
+           MNIST and a CIFAR-10 subset (docs/papers/armor.md).
 """
 
 import argparse
