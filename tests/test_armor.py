@@ -3,7 +3,9 @@
 import math
 import re
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from torch import nn
 
@@ -217,13 +219,24 @@ def test_natural_weight_mixes_the_natural_mean_in(robust_loss):
     assert math.isnan(pure.natural)
 
 
-@pytest.mark.parametrize("classes", [(0,), (1, 3), (0, 1, 2, 3), (9,)], ids=str)
+@pytest.mark.parametrize(
+    "robust_loss", [ROBUST_LOSSES["adversarial_training"], ROBUST_LOSSES["beta_training"]], ids=["at", "beta"]
+)
+def test_classes_that_the_model_does_not_have_are_refused(robust_loss):
+    model, (x, y) = network(), batch()
+    objective = ARMOR(robust_loss=robust_loss, divergence=KL(), radius=0.1, robust_classes=[1, 9])
+    with pytest.raises(ValueError, match="robust_classes must be below 4, the classes that the model has logits for, got 9"):
+        objective(model, x, y)
+
+
+@pytest.mark.parametrize("classes", [(0,), (1, 3), (0, 1, 2, 3), [1]], ids=str)
 @pytest.mark.parametrize("natural_weight", [0.0, 0.4])
 def test_only_the_chosen_classes_are_moved_and_reweighted(classes, natural_weight):
     model, (x, y) = network(), batch()
     attack = PGD(threat_model=LINF, steps=3, random_start=False)
     loss = AdversarialTraining(attack=attack)
     objective = ARMOR(robust_loss=loss, divergence=KL(), radius=0.1, robust_classes=classes, natural_weight=natural_weight)
+    y = torch.where(y == 1, 0, y) if classes == [1] else y  # then no example of the chosen class is there
     result = objective(model, x, y)
     chosen = torch.isin(y, torch.tensor(classes))
     natural = cross_entropy(model(x), y)
@@ -238,6 +251,44 @@ def test_only_the_chosen_classes_are_moved_and_reweighted(classes, natural_weigh
         assert result.diagnostics == {}
     expected = natural_weight * natural.mean() + (1 - natural_weight) * robust
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cost", [None, *COSTS.values()], ids=["no_cost", *COSTS])
+@pytest.mark.parametrize("robust_loss", [ROBUST_LOSSES["trades"], ROBUST_LOSSES["mart"]], ids=["trades", "mart"])
+def test_chosen_classes_with_every_loss_and_cost_are_the_same_objective_on_their_rows(robust_loss, cost):
+    """The last rows only, so that rows of the batch and rows among the chosen differ."""
+    model, (x, _) = network(), batch()
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 3, 3, 3, 3])
+    settings = {"robust_loss": robust_loss, "divergence": KL(), "radius": 0.2, "transport_cost": cost}
+    settings["step_size"] = None if cost is None else 0.1
+    result = ARMOR(**settings, robust_classes=(3,))(model, x, y, generator=seeded())
+    alone = ARMOR(**settings)(model, x[8:], y[8:], generator=seeded())
+    expected = alone.loss * 4 / 12 + cross_entropy(model(x[:8]), y[:8]).sum() / 12
+    torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=0)
+    assert_same(gradients(result.loss, model), gradients(expected, model))
+    assert result.natural == pytest.approx(float(cross_entropy(model(x), y).mean().detach()))
+    weights = result.worst_case.weights.sum(1)
+    assert result.diagnostics["largest_weight"] == pytest.approx(4 * float(weights.max()))
+
+
+@pytest.mark.parametrize(("weight", "radius"), [(0.3, 0.1), (1.0, 0.1), (3.0, 0.5), (3.0, 0.01)])
+def test_a_linear_loss_with_a_quadratic_cost_has_a_closed_form(weight, radius):
+    r"""Every point gains g^2 / (4 s L): the dual is lambda eps + s log mean exp(l / s) + g^2 / (4 s L)."""
+    a = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+    x = torch.rand(10, 3, generator=seeded(5), dtype=torch.float64) * 2
+    y = torch.zeros(10, dtype=torch.int64)
+    model = lambda x: torch.stack([0 * x[:, 0], x @ a], 1)  # noqa: E731
+    wide = ThreatModel(norm="linf", epsilon=0.1, lower=-50.0, upper=50.0)
+    loss = AdversarialTraining(attack=PGD(threat_model=wide), loss=lambda logits, y: logits[:, 1])
+    cost = NormPower(weight=weight, lower=-50.0, upper=50.0)
+    losses, gain = (x @ a).numpy(), float(a @ a) / (4 * weight)
+    dual = lambda s: s * radius + s * np.log(np.mean(np.exp(losses / s))) + gain / s  # noqa: E731
+    exact = scipy.optimize.minimize_scalar(dual, bounds=(1e-2, 1e3), method="bounded", options={"xatol": 1e-12}).fun
+    objective = ARMOR(robust_loss=loss, divergence=KL(), radius=radius, transport_cost=cost, steps=40, step_size=0.1)
+    found = float(objective(model, x, y).loss)
+    reweighting = float(worst_case_expectation(x @ a, divergence=KL(), radius=radius).value)
+    assert found <= exact + 1e-9
+    assert exact - found < 0.005 * (exact - reweighting), "moving must gain what it can"
 
 
 @every_cost
@@ -273,6 +324,7 @@ def test_weights_sum_to_one_and_no_multiplier_is_ever_stale(divergence):
                 parameter.mul_(scale)
         result = objective(model, x, y, generator=seeded())
         assert float(result.worst_case.weights.sum()) == pytest.approx(1, abs=1e-12)
+        assert result.worst_case.reweighting == pytest.approx(0.2, rel=1e-6), "a stale multiplier spends another budget"
         assert any(g.abs().max() > 0 for g in gradients(result.loss, model))
 
 
@@ -353,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_row(cost):
 
     attack = lambda model, x, y, generator=None: x  # noqa: E731
     objective = ARMOR(robust_loss=AdversarialTraining(attack=attack), divergence=KL(), radius=0.1, transport_cost=cost,
-                      step_size=0.1)  # fmt: skip
+                      step_size=None if cost is None else 0.1)  # fmt: skip
     with pytest.raises(FloatingPointError, match="NaN or infinite for 1 of 12 examples, the first in row 4 of the batch"):
         objective(broken, x, y)
 
@@ -398,13 +450,60 @@ def test_mart_keeps_the_attack_of_its_baseline():
     assert torch.equal(*points)
 
 
+def test_a_natural_loss_that_is_not_finite_stops_with_the_row_too():
+    model, (x, y) = network(), batch()
+    y = torch.cat([torch.zeros(6), torch.ones(6)]).long()
+
+    def broken(x):
+        logits = model(x)
+        return torch.where((torch.arange(len(x))[:, None] == 3) & (len(x) == 12), torch.nan, logits)
+
+    attack = lambda model, x, y, generator=None: x  # noqa: E731
+    objective = ARMOR(robust_loss=AdversarialTraining(attack=attack), divergence=KL(), radius=0.1, robust_classes=(1,))
+    with pytest.raises(FloatingPointError, match="natural loss is NaN or infinite for 1 of 12 examples, the first in row 3"):
+        objective(broken, x, y)
+
+
+@pytest.mark.parametrize("wrong", [lambda v: v.mean(), lambda v: v[:, None], lambda v: v[:-1]], ids=["mean", "column", "short"])
+def test_a_robust_loss_of_the_wrong_shape_is_refused(wrong):
+    model, (x, y) = network(), batch()
+    loss = lambda model, x, y, generator=None: wrong(cross_entropy(model(x), y))  # noqa: E731
+    with pytest.raises(ValueError, match=re.escape("robust_loss must be one that returns a loss per example, [12], got shape")):
+        ARMOR(robust_loss=loss, divergence=KL(), radius=0.1)(model, x, y)
+    with pytest.raises(TypeError, match="robust_loss must be one that returns a loss per example, got tuple"):
+        ARMOR(robust_loss=lambda model, x, y, generator=None: (x, y), divergence=KL(), radius=0.1)(model, x, y)
+
+
+@pytest.mark.parametrize("cost", [None, COSTS["norm_power"]], ids=["hard_ball", "norm_power"])
+def test_a_clean_pass_before_the_objective_can_be_differentiated_with_it(cost):
+    """BatchNorm in training mode saves its statistics for the backward pass; an attack puts them back without harm."""
+    model, (x, y) = network(), batch()
+    model = nn.Sequential(nn.Linear(6, 6).double(), nn.BatchNorm1d(6).double(), model)
+    objective = ARMOR(robust_loss=AdversarialTraining(attack=ATTACK), divergence=KL(), radius=0.1, transport_cost=cost,
+                      step_size=None if cost is None else 0.1)  # fmt: skip
+    together = gradients(cross_entropy(model(x), y).mean() + objective(model, x, y, generator=seeded()).loss, model)
+    apart = [
+        gradients(cross_entropy(model(x), y).mean(), model),
+        gradients(objective(model, x, y, generator=seeded()).loss, model),
+    ]
+    assert_same(together, [a + b for a, b in zip(*apart, strict=True)])
+
+
+def test_bfloat16_losses_are_weighted_in_higher_precision():
+    model, (x, y) = network().bfloat16(), batch()
+    objective = ARMOR(robust_loss=AdversarialTraining(attack=lambda model, x, y, generator=None: x), divergence=KL(), radius=0.1)
+    result = objective(model, x.bfloat16(), y)
+    assert float(result.worst_case.weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert result.loss.dtype == torch.float32
+
+
 @every_cost
 def test_nothing_is_left_in_the_model(cost):
     """Item 12: published attacks leave gradients in the parameters; here not even BatchNorm hears of an attack."""
     model, (x, y) = network(), batch()
     model = nn.Sequential(nn.BatchNorm1d(6).double(), model)
     objective = ARMOR(robust_loss=AdversarialTraining(attack=ATTACK), divergence=KL(), radius=0.1, transport_cost=cost,
-                      step_size=0.1)  # fmt: skip
+                      step_size=None if cost is None else 0.1)  # fmt: skip
     result = objective(model, x, y, generator=seeded())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
@@ -430,6 +529,8 @@ SETTINGS = {"robust_loss": ROBUST_LOSSES["adversarial_training"], "divergence": 
         ({"natural_weight": 1.5}, "natural_weight must be a share from 0 to 1, got 1.5"),
         ({"robust_classes": 1}, "robust_classes must be a tuple of class indices, got 1; write robust_classes=(1,)"),
         ({"robust_classes": ()}, "robust_classes must be not empty, got (); write robust_classes=(1,)"),
+        ({"steps": 5}, "steps must be None without a transport cost, got 5; give it to the attack, or to UDR"),
+        ({"step_size": 0.1}, "step_size must be None without a transport cost, got 0.1"),
         ({"robust_classes": (-1,)}, "robust_classes must be an integer >= 0, got -1"),
         ({"transport_cost": NormPower}, "transport_cost must be a transport cost, as NormPower(weight=1.0), got"),
         ({"transport_cost": NormPower(weight=1.0)}, "step_size must be given for NormPower"),

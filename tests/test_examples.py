@@ -47,9 +47,9 @@ def test_readme_library_example_prints_what_it_says(tmp_path: Path) -> None:
 
 
 def test_readme_bounds_example_prints_what_it_says(tmp_path: Path) -> None:
-    """The second python block of the README gives the second text block, to the digit: the bounds are exact."""
+    """The block about bounds gives the second text block, to the digit: the bounds are exact."""
     readme = (ROOT / "README.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "adversarial_risk_bound" in c]
     shown = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)[1]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -57,6 +57,24 @@ def test_readme_bounds_example_prints_what_it_says(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == shown
+
+
+def test_readme_training_example_runs(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import fit" in c]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"best epoch [0-9]+, robust ([0-9.]+)\n", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found.group(1)) > 0.6
+
+
+def test_no_page_is_left_unfinished() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.py")]
+    assert [page.name for page in pages if re.search(r"\b(TABLE|RESULTS|EXPECTED|TODO|TIME)\b", page.read_text())] == []
 
 
 def test_readme_training_commands_run(tmp_path: Path) -> None:

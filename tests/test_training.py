@@ -488,7 +488,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"validation": (X, Y - 1), "validation_attack": PLAIN.attack}, r"validation: y must be in \[0, 3\)"),
     ({"validation": (X, Y)}, "validation_attack must be an attack where validation is given, got None; write PGD"),
     ({"validation_attack": PLAIN.attack}, "validation must be data where validation_attack is given, got None"),
-    ({"validation": (X, Y), "validation_attack": FGSM}, "validation_attack must be a function, got <class"),
+    ({"validation": (X, Y), "validation_attack": FGSM}, "validation_attack must be an attack, got <class"),
     ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
     ({"epochs": 2.0}, "epochs must be an integer >= 1, got 2.0"),
     ({"batch_size": 0}, "batch_size must be an integer >= 1"),
@@ -557,3 +557,13 @@ def test_inside_no_grad_and_inference_mode() -> None:
             found.append(train(model, optimizer=optimizer).last)
     assert_equal_states(found[1], found[0])
     assert_equal_states(found[2], found[0])
+
+
+def test_functions_are_told_apart_by_what_they_compute(tmp_path: Path) -> None:
+    """Two lambdas have one name; a checkpoint of the one must not pass for a run of the other."""
+    path = tmp_path / "run.safetensors"
+    scaled = [lambda m, x, y, generator, f=f: f * cross_entropy(m, x, y, generator=generator) for f in (1.0, 2.0)]
+    train(network(), scaled[0], epochs=1, checkpoint=path)
+    train(network(), scaled[0], epochs=1, checkpoint=path)
+    with pytest.raises(ValueError, match="of this same training run"):
+        train(network(), scaled[1], epochs=1, checkpoint=path)

@@ -100,3 +100,10 @@ def test_torchrun_variables_are_followed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
     initialise_from_environment()
     assert calls == ["nccl" if torch.cuda.is_available() else "gloo"]
+
+
+def test_radius_and_price_of_armor_get_the_gradient_of_the_joint_batch(found: list[Found]) -> None:
+    expected = processes.learned(0, 1)
+    assert bool((expected.abs() > 1e-3).all())
+    for rank in found:
+        torch.testing.assert_close(rank["learned"], expected, rtol=1e-9, atol=0)

@@ -81,7 +81,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "armor": {"objective": ARMOR(robust_loss=AdversarialTraining(attack=STEADY), divergence=KL(), radius=0.1)},
     "armor with a cost": {"objective": priced},
     "armor of one class": {"objective": replace(priced, robust_classes=(2,), natural_weight=0.25)},
-    "armor of an absent class": {"objective": replace(priced, robust_classes=(7,))},
 }
 """Runs that one process repeats: no noise, no batch statistics."""
 
@@ -164,6 +163,18 @@ def streams(rank: int) -> list[int]:
     return seeds
 
 
+def learned(rank: int, count: int) -> Tensor:
+    """Gradients of ARMOR in its radius and its price, averaged over ``count`` processes that share a batch."""
+    (x, y), model = examples(), network()
+    radius, kappa = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.1, 0.05))
+    objective = replace(RUNS["armor"]["objective"], radius=radius, kappa=kappa)
+    loss = objective(model, x.tensor_split(count)[rank], y.tensor_split(count)[rank]).loss
+    gradients = torch.stack(torch.autograd.grad(loss, [radius, kappa]))
+    if count > 1:
+        distributed.all_reduce(gradients)
+    return gradients / count
+
+
 def refusals(folder: Path, rank: int) -> dict[str, str]:
     """What each process is told when something is wrong on one of them."""
     x, _ = examples()
@@ -190,7 +201,12 @@ def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found: dict[str, Any] = {name: told(build(rank=rank, **run)) for name, run in RUNS.items()}
-    found |= {"resume": resumed(folder, rank), "streams": streams(rank), "refusals": refusals(folder, rank)}
+    found |= {
+        "resume": resumed(folder, rank),
+        "streams": streams(rank),
+        "learned": learned(rank, 2),
+        "refusals": refusals(folder, rank),
+    }
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

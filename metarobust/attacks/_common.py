@@ -53,9 +53,9 @@ def buffers_kept(model: Model) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+        # Through .data, which autograd does not watch: a pass that the caller differentiates may have saved these buffers.
+        for buffer, value in kept:
+            buffer.data.copy_(value)
 
 
 def input_gradient(losses: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:

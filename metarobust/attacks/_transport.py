@@ -143,7 +143,8 @@ class TransportAscent:
         ``scale``. The columns are x and the best moved point so far; before the first move, when it is first called, both are
         x. It is called again ``rescalings`` times during the ascent (fewer if there are fewer steps) and after the last step,
         for an empty batch as often, so that processes that share a scale stay in step. The best points are judged anew at each
-        scale, by the losses and costs that were stored.
+        scale, by the losses and costs that were stored. During the ascent the scale moves to the geometric mean of itself and the
+        renewed one, at its end to the renewed one.
         The second column keeps the best moved point even where x is better, because a dual may ask for a mixture of the two,
         at a scale where they are equally good; for the same reason the result is the moved point when it is as good as x up
         to rounding (1e-6). Without ``rescale``, it is never worse than x.
@@ -176,7 +177,7 @@ class TransportAscent:
                     losses, gradient = self._evaluate(model, point, y)
                     best = best.or_better(point, losses, cost.cost(point, x), x, scale)
                 if rescale is not None and step in moments:
-                    scale = _rescaled(rescale, natural, best)
+                    scale = _halfway(scale if step > 0 else None, _rescaled(rescale, natural, best))
                 if self._stuck(scale):
                     return TransportSearch(x.clone(), natural, torch.zeros_like(natural), natural.clone(), scale)
                 assert gradient is not None
@@ -258,6 +259,16 @@ def _check_scale(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(name, expected, repr(value)))
     require(value >= 0, name, expected, value)
+
+
+def _halfway(scale: float | None, renewed: float) -> float:
+    """The geometric mean of a scale and its renewal; the renewal alone at first, or where one of them is 0 or inf.
+
+    A dear price makes cheap moves, and these a low price: undamped, the two may alternate for ever.
+    """
+    if scale is None or min(scale, renewed) <= 0 or max(scale, renewed) == math.inf:
+        return renewed
+    return math.sqrt(scale) * math.sqrt(renewed)
 
 
 def _rescaled(rescale: Rescale, natural: Tensor, best: _Best) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metarobust._checks import require
 from metarobust.losses import Loss, loss_function
 from metarobust.objectives._common import attacked, check_attack
 from metarobust.types import Attack, Model
@@ -67,4 +68,8 @@ class AdversarialTraining:
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
         """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at the moved points."""
-        return loss_function(self.loss)(moved, y)
+        losses = loss_function(self.loss)(moved, y)
+        require(
+            losses.shape == y.shape, "loss", f"a function that returns [{len(y)}]", f"shape {list(losses.shape)}", "drop the mean"
+        )
+        return losses

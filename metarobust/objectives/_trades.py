@@ -92,7 +92,9 @@ class TRADES:
         return True
 
     def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The attacked points, shaped like ``x``, detached."""
+        """The attacked points, shaped like ``x``, detached; x itself at beta 0, where nothing is charged for a move."""
+        if self.beta == 0:
+            return x.detach()
         return attacked(self._ascend_kl if self.attack is None else self.attack, model, x, y, generator)
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:

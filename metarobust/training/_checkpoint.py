@@ -34,13 +34,13 @@ def fingerprint(plan: Plan, factors: tuple[float, ...]) -> dict[str, Any]:
     shapes = [f"{name} {list(value.shape)} {value.dtype}" for name, value in plan.model.state_dict().items()]
     settings: dict[str, Any] = {
         "model": _short_digest(without_addresses(repr(plan.model)) + str(shapes)),
-        "objective": without_addresses(repr(plan.objective)),
+        "objective": _told_function(plan.objective),
         "data": told(plan.x, plan.y),
         "validation": None if plan.validation is None else told(*plan.validation),
         "validation_attack": without_addresses(repr(plan.validation_attack)),
         "optimizer": type(plan.optimizer).__name__,
         "schedule": _short_digest(str(factors)),
-        "augment": without_addresses(repr(plan.augment)),
+        "augment": _told_function(plan.augment),
         "processes": plan.processes.count,
         "metarobust": __version__,
     }
@@ -165,6 +165,17 @@ def difference(name: str, theirs: Any, mine: Any) -> str:
         parts = there.split(", "), here.split(", ")
         there, here = (", ".join(p for p in own if p not in other) for own, other in (parts, parts[::-1]))
     return f"{name} {shorten(there, LONGEST) or 'less'} there and {shorten(here, LONGEST) or 'less'} here"
+
+
+def _told_function(function: Any) -> str:
+    """The repr of a configuration; for a plain function also a digest of its code, constants and closure."""
+    told = without_addresses(repr(function))
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return told
+    closure = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
+    parts = (code.co_names, code.co_consts, function.__defaults__, function.__kwdefaults__, closure)
+    return f"{told} {_short_digest(code.co_code.hex() + without_addresses(repr(parts)))}"
 
 
 def _short_digest(text: str) -> str:

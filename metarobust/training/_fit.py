@@ -161,7 +161,9 @@ def fit(
         )
     for name, function in (("validation_attack", validation_attack), ("augment", augment), ("on_epoch", on_epoch)):
         if function is not None and (isinstance(function, type) or not callable(function)):
-            raise TypeError(message(name, "a function", repr(function)))
+            attack = name == "validation_attack"
+            remedy = "write PGD(threat_model=...)" if attack else ""
+            raise TypeError(message(name, "an attack" if attack else "a function", repr(function), remedy))
     if clip_norm is not None:
         finite("clip_norm", clip_norm, above=0.0)
     plan = Plan(

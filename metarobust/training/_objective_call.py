@@ -38,7 +38,11 @@ class ObjectiveCall(nn.Module):
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 expected = f"a function that returns one loss per example, [{len(y)}], or an object with a scalar .loss"
                 got = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-                remedy = "leave out the mean over the batch" if isinstance(found, Tensor) and found.dim() == 0 else ""
+                remedy = (
+                    "leave out the mean over the batch, or return the whole result of ARMOR"
+                    if isinstance(found, Tensor) and found.dim() == 0
+                    else ""
+                )
                 raise TypeError(message("objective", expected, got, remedy))
             self.diagnostics = {name: float(value) for name, value in (getattr(found, "diagnostics", None) or {}).items()}
         remedy = "remove torch.no_grad() or .detach() from the objective"
