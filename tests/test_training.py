@@ -492,6 +492,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
     ({"epochs": 2.0}, "epochs must be an integer >= 1, got 2.0"),
     ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+    ({"objective": nn.CrossEntropyLoss()}, r"must be callable as f\(model, x, y, generator=...\), got CrossEntropyLoss\(\)"),
+    ({"objective": lambda m, x, y: x}, r"write def f\(model, x, y, \*, generator=None\)"),
     ({"seed": -1}, "seed must be an integer >= 0"),
     ({"clip_norm": 0.0}, "clip_norm must be a finite number > 0"),
     ({"checkpoint_seconds": -1.0}, "checkpoint_seconds must be a finite number >= 0"),

@@ -64,6 +64,18 @@ def check_objective(objective: Any) -> None:
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         remedy = "write objective.requires_grad_(False); only the model is trained"
         raise ValueError(message("objective", "without parameters of its own", type(objective).__name__, remedy))
+    check_takes_generator("objective", objective)
+
+
+def check_takes_generator(name: str, function: Any) -> None:
+    """Check that a loss or an attack can be called with ``generator=``, as far as its signature tells."""
+    try:
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):
+        return
+    if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        remedy = "write def f(model, x, y, *, generator=None)"
+        raise TypeError(message(name, "callable as f(model, x, y, generator=...)", repr(function), remedy))
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from metarobust.training._arguments import (
     check_optimizer,
     check_precision,
     check_schedule,
+    check_takes_generator,
     check_writable,
 )
 from metarobust.training._checkpoint import Checkpoint, difference, fingerprint
@@ -164,6 +165,8 @@ def fit(
             attack = name == "validation_attack"
             remedy = "write PGD(threat_model=...)" if attack else ""
             raise TypeError(message(name, "an attack" if attack else "a function", repr(function), remedy))
+    if validation_attack is not None:
+        check_takes_generator("validation_attack", validation_attack)
     if clip_norm is not None:
         finite("clip_norm", clip_norm, above=0.0)
     plan = Plan(
