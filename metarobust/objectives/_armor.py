@@ -201,7 +201,7 @@ class ARMOR:
             unmoved = None
         else:
             assert isinstance(loss, PairLoss)
-            # The attack before the passes that are differentiated: it puts the buffers of BatchNorm back in place.
+            # The attack before the passes that are differentiated, as the robust losses have it themselves.
             if ascent is None:
                 moved = loss.moved(model, x_robust, y_robust, generator=generator)
             else:

@@ -81,7 +81,7 @@ class TRADES:
         """Return one loss per example, ``[batch]``."""
         if self.beta == 0:
             return cross_entropy(model(x), y)
-        # Before the passes that are differentiated: putting buffers back would spoil what BatchNorm saved for its backward pass.
+        # Before the passes that are differentiated, so that the graph of the clean pass need not wait for the ascent.
         x_adv = self.moved(model, x, y, generator=generator)
         logits = model(x)
         return self.charge(logits, model(x_adv), y)
