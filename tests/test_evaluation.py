@@ -458,7 +458,7 @@ def test_json_is_plain_data_without_tensors() -> None:
     report = small_report()
     loaded = json.loads(report.to_json())
     names = {f.name for f in dataclasses.fields(report) if not isinstance(getattr(report, f.name), Tensor)}
-    assert set(loaded) == names | {"clean_by_class", "robust_by_class"}
+    assert set(loaded) == names | {"clean_by_class", "robust_by_class", "errors"}
     assert loaded["robust_by_class"] == {"average": 0.5, "worst": 0.5, "worst_class": 0, "spread": 0.0}
     assert loaded["settings"]["seed"] == 0
     assert loaded["attacked"] == {"pgd": 2}
@@ -487,7 +487,7 @@ def test_print_fits_80_columns_and_explains_itself(capsys: pytest.CaptureFixture
     shown = "\n".join(lines)
     assert "[bold]pgd[/bold]" in shown, "names are no markup"
     assert "worst case 0.500, 95 % interval 0.095 to 0.905" in shown
-    assert "per class, robust: average 0.500, worst 0.500 (class 0), spread 0.000" in shown
+    assert re.search(r"robust +│ +0\.500 │ +0\.500 │ 0\.500 \(class 0\) │ +0\.000", shown)
     begin = lines.index("warning: docs/trust.md#zero-gradients")
     assert lines[-1] == "  remedy: use margins"
     assert all(line.startswith("  ") for line in lines[begin + 1 :]), "reason and remedy stay indented where they wrap"

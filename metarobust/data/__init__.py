@@ -8,21 +8,29 @@ generator that the caller gives, and no global random state changes.
 from metarobust.data._arrays import load_npz
 from metarobust.data._batches import minibatch
 from metarobust.data._digits import Pools, digits_pools, load_digits
+from metarobust.data._label_noise import NoisyLabels, noise_matrix, with_label_noise
 from metarobust.data._labelled_images import LabelledImages
 from metarobust.data._learn2learn import import_learn2learn
+from metarobust.data._long_tail import long_tail
 from metarobust.data._low_data_tasks import LowDataTasks
+from metarobust.data._meta_set import split_meta
 from metarobust.data._splits import split
 from metarobust.data._torchvision import load
 
 __all__ = [
     "LabelledImages",
     "LowDataTasks",
+    "NoisyLabels",
     "Pools",
     "digits_pools",
     "import_learn2learn",
     "load",
     "load_digits",
     "load_npz",
+    "long_tail",
     "minibatch",
+    "noise_matrix",
     "split",
+    "split_meta",
+    "with_label_noise",
 ]

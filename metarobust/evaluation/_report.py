@@ -6,22 +6,14 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from metarobust._files import write_atomically
 from metarobust.evaluation._distance import DistanceToBound, distance_to_bound
+from metarobust.evaluation._fairness import ClassErrors, ClassSummary, class_errors, class_summary
 from metarobust.evaluation._reliability import Doubt
-
-
-class ClassSummary(NamedTuple):
-    """Accuracy over the classes that have examples: mean, minimum and where, population standard deviation."""
-
-    average: float
-    worst: float
-    worst_class: int
-    spread: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +88,15 @@ class RobustnessReport:
         """Average, worst and spread of the worst-case accuracy over classes."""
         return class_summary(self.per_class_robust)
 
+    @property
+    def errors(self) -> ClassErrors:
+        """Natural, boundary and robust error: average, worst class, spread over classes, each class.
+
+        Raises:
+            ValueError: ``labels``, ``clean_predictions`` and ``broken_by`` contradict each other.
+        """
+        return class_errors(self.labels, self.clean_predictions, self.broken_by, classes=len(self.per_class_clean))
+
     def with_distance_to_bound(self, *, order: int | str = "auto") -> "RobustnessReport":
         """The same report, and in it how far the model is from the best that any classifier can do on these points.
 
@@ -126,7 +127,7 @@ class RobustnessReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text; written to ``path`` too, atomically, when one is given. NaN becomes null."""
-        text = json.dumps(self._plain(), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(self._plain() | {"errors": _plain(self.errors.as_dict())}, indent=2, allow_nan=False) + "\n"
         if path is not None:
             write_atomically(Path(path), lambda temporary: temporary.write_text(text))
         return text
@@ -162,22 +163,6 @@ class RobustnessReport:
         content["clean_by_class"] = _plain(self.clean_by_class._asdict())
         content["robust_by_class"] = _plain(self.robust_by_class._asdict())
         return content
-
-
-def class_summary(per_class: tuple[float, ...]) -> ClassSummary:
-    """Mean, worst and spread over the classes with examples; the spread is the population standard deviation.
-
-    Example:
-        >>> class_summary((0.5, float("nan"), 1.0))
-        ClassSummary(average=0.75, worst=0.5, worst_class=0, spread=0.25)
-    """
-    known = {label: accuracy for label, accuracy in enumerate(per_class) if not math.isnan(accuracy)}
-    if not known:
-        return ClassSummary(math.nan, math.nan, -1, math.nan)
-    average = math.fsum(known.values()) / len(known)
-    spread = math.sqrt(math.fsum((accuracy - average) ** 2 for accuracy in known.values()) / len(known))
-    worst_class = min(known, key=lambda label: known[label])
-    return ClassSummary(average, known[worst_class], worst_class, spread)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from metarobust.evaluation._report import ClassSummary, RobustnessReport
+    from metarobust.evaluation._report import RobustnessReport
 
 
 def print_report(report: "RobustnessReport") -> None:
-    """One table of stages, then the figures to quote, then each doubt with its remedy."""
+    """One table of stages, then the figures to quote, then the errors, then each doubt with its remedy."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
@@ -42,8 +42,7 @@ def print_report(report: "RobustnessReport") -> None:
     console.print(Text(f"worst case {report.worst_case_accuracy:.3f}, 95 % interval {low:.3f} to {high:.3f}", "bold"))
     if report.distance_to_bound is not None:
         console.print(Text(report.distance_to_bound.sentence()))
-    console.print(Text(f"per class, clean:  {_classes_text(report.clean_by_class)}"))
-    console.print(Text(f"per class, robust: {_classes_text(report.robust_by_class)}"))
+    console.print(_errors_table(report))
     if not settings["checked_examples"]:
         console.print(Text("reliability checks were left out", "yellow"))
     for doubt in report.warnings:
@@ -72,5 +71,14 @@ def _add_row(table: "Table", stage: str, ran_on: int, broken: int, accuracy: flo
     table.add_row(Text(stage), str(ran_on), str(broken), f"{accuracy:.3f}", f"{seconds:.1f}")
 
 
-def _classes_text(summary: "ClassSummary") -> str:
-    return f"average {summary.average:.3f}, worst {summary.worst:.3f} (class {summary.worst_class}), spread {summary.spread:.3f}"
+def _errors_table(report: "RobustnessReport") -> "Table":
+    """Natural, boundary and robust error: of the examples, and over the classes."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("error", "average", "class mean", "worst class", "spread"):
+        table.add_column(column, justify="left" if column == "error" else "right")
+    for kind, error in report.errors._asdict().items():
+        worst = f"{error.worst:.3f} (class {error.worst_class})"
+        table.add_row(kind, f"{error.average:.3f}", f"{error.class_mean:.3f}", worst, f"{error.spread:.3f}")
+    return table
