@@ -73,32 +73,39 @@ class ThreatModel:
         inside_box = ((x_adv >= self.lower - tolerance) & (x_adv <= self.upper + tolerance)).flatten(1).all(1)
         return inside_box & (self.distance(x_adv, x) <= self.epsilon + tolerance)
 
-    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The l_inf ball cut by the box, as ``(lowest, highest)`` values per coordinate; it encloses every other ball."""
-        return (x - self.epsilon).clamp_(min=self.lower), (x + self.epsilon).clamp_(max=self.upper)
+    def bounds(self, x: Tensor, *, radius: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The l_inf ball cut by the box, as ``(lowest, highest)`` values per coordinate; it encloses every other ball.
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        ``radius [batch]`` gives each example its own in place of epsilon.
+        """
+        reach = self.epsilon if radius is None else per_example(radius, x)
+        return (x - reach).clamp_(min=self.lower), (x + reach).clamp_(max=self.upper)
+
+    def project(self, x_adv: Tensor, x: Tensor, *, radius: Tensor | None = None) -> Tensor:
         r"""Euclidean projection of ``x_adv`` onto the intersection of ball and box; ``x`` must lie in the box.
 
         The intersection is projected onto exactly, not ball first and box second. By the optimality conditions the moved
         magnitudes are, per coordinate with room :math:`b_i` in the box and wish :math:`|v_i|`:
         l_inf :math:`\min(|v_i|, b_i, \epsilon)`; l2 :math:`\min(s|v_i|, b_i)`; l1 :math:`\min((|v_i| - \lambda)_+, b_i)`,
         with one scalar per example that puts the result on the ball. Differentiable in both arguments, exactly.
+        ``radius [batch]``, a constant, gives each example its own in place of epsilon.
         """
+        radius = None if radius is None else radius.detach().to(x)
         if self.norm == "linf":
-            return x_adv.clamp(*self.bounds(x))
+            return x_adv.clamp(*self.bounds(x, radius=radius))
+        reach = self.epsilon if radius is None else radius[:, None]
         with torch.no_grad():
             move = flat(x_adv - x)
             room = flat(torch.where(x_adv >= x, self.upper - x, x - self.lower)).clamp(min=0)
             find = _l2_magnitudes if self.norm == "l2" else _l1_magnitudes
-            magnitudes = find(move.abs(), room, self.epsilon)
+            magnitudes = find(move.abs(), room, reach)
             projected = (x + torch.copysign(magnitudes, move).reshape(x.shape)).clamp(self.lower, self.upper)
         if not torch.is_grad_enabled() or not (x_adv.requires_grad or x.requires_grad):
             return projected
-        formula = self._differentiable_projection(x_adv, x, projected)
+        formula = self._differentiable_projection(x_adv, x, projected, reach)
         return projected + (formula - formula.detach())
 
-    def _differentiable_projection(self, x_adv: Tensor, x: Tensor, projected: Tensor) -> Tensor:
+    def _differentiable_projection(self, x_adv: Tensor, x: Tensor, projected: Tensor, reach: float | Tensor) -> Tensor:
         """The l2 or l1 projection, in a form that autograd differentiates rightly.
 
         Near almost every point the coordinates that the box holds, and those that an l1 ball sets back to ``x``, stay the same.
@@ -112,16 +119,16 @@ class ThreatModel:
             rounding = 4 * torch.finfo(x.dtype).eps * max(abs(self.lower), abs(self.upper))
             held = (move != 0) & (move.abs() >= edge.abs()) & ((reached - edge).abs() <= rounding)
             cut = torch.where(move.abs() > edge.abs(), edge, move)
-            outside = torch.linalg.vector_norm(cut, ord=2 if self.norm == "l2" else 1, dim=1, keepdim=True) > self.epsilon
+            outside = torch.linalg.vector_norm(cut, ord=2 if self.norm == "l2" else 1, dim=1, keepdim=True) > reach
         if self.norm == "l2":  # the free coordinates share what the held ones leave of the squared radius
-            budget = self.epsilon**2 - edge.masked_fill(~held, 0).square().sum(1, keepdim=True)
+            budget = reach**2 - edge.masked_fill(~held, 0).square().sum(1, keepdim=True)
             free = move.masked_fill(held, 0).square().sum(1, keepdim=True)
             tiny = torch.finfo(x.dtype).tiny
             shrunk = move * (budget.clamp(min=tiny) / torch.where(outside, free, 1).clamp(min=tiny)).sqrt()
         else:  # the free coordinates are shortened by one length, such that the radius is used up
             free = ~held & (reached != 0)
             spent = edge.abs().masked_fill(~held, 0).sum(1, keepdim=True) + move.abs().masked_fill(~free, 0).sum(1, keepdim=True)
-            shrunk = free * (move - move.sign() * (spent - self.epsilon) / free.sum(1, keepdim=True).clamp(min=1))
+            shrunk = free * (move - move.sign() * (spent - reach) / free.sum(1, keepdim=True).clamp(min=1))
         return x + torch.where(held, edge, torch.where(outside, shrunk, move)).reshape(x.shape)
 
     def sample(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -162,25 +169,29 @@ class ThreatModel:
         return (direction * (magnitude > 0)).reshape(gradient.shape)
 
 
-def _l2_magnitudes(wish: Tensor, room: Tensor, epsilon: float) -> Tensor:
+def _l2_magnitudes(wish: Tensor, room: Tensor, epsilon: float | Tensor) -> Tensor:
     """``min(s * wish, room)`` with the largest ``s <= 1`` whose length is at most epsilon; ``[batch, dimensions]``.
+
+    ``epsilon`` is one number, or ``[batch, 1]``.
 
     ``s`` grows monotonically while coordinates join the set that the box stops, so the loop ends exactly, after a few rounds.
     """
     stopped = torch.zeros_like(wish, dtype=torch.bool)
     while True:
-        spent = room.masked_fill(~stopped, 0).square().sum(1)
-        free = wish.masked_fill(stopped, 0).square().sum(1)
+        spent = room.masked_fill(~stopped, 0).square().sum(1, keepdim=True)
+        free = wish.masked_fill(stopped, 0).square().sum(1, keepdim=True)
         scale = ((epsilon**2 - spent).clamp(min=0) / free.clamp(min=torch.finfo(free.dtype).tiny)).sqrt().clamp(max=1)
-        magnitudes = torch.minimum(wish * scale[:, None], room)
-        now = stopped | (wish * scale[:, None] > room)
+        magnitudes = torch.minimum(wish * scale, room)
+        now = stopped | (wish * scale > room)
         if torch.equal(now, stopped):
             return magnitudes
         stopped = now
 
 
-def _l1_magnitudes(wish: Tensor, room: Tensor, epsilon: float) -> Tensor:
+def _l1_magnitudes(wish: Tensor, room: Tensor, epsilon: float | Tensor) -> Tensor:
     """``min((wish - shift)_+, room)`` with the smallest ``shift >= 0`` whose sum is at most epsilon; ``[batch, dimensions]``.
+
+    ``epsilon`` is one number, or ``[batch, 1]``.
 
     The sum is piecewise linear in the shift with kinks at ``wish`` and ``wish - room``: sort the kinks, find the segment.
     Float64 inside, because the running sums of thousands of coordinates lose too much in float32.

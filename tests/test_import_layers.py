@@ -13,12 +13,13 @@ LAYERS = [
     ("types", "_tensors", "_checks", "_files", "_progress"),
     ("threat_models", "losses", "divergences", "models", "data"),
     ("attacks", "dro", "bounds"),
-    ("objectives", "meta_optimizers", "meta_weighters", "evaluation"),
+    ("objectives", "meta_optimizers", "evaluation"),
     ("training",),
     ("command_line",),
 ]
 LAYER_OF: dict[str, float] = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 LAYER_OF["_tensor_files"] = 0.5  # made of _files
+LAYER_OF["meta_weighters"] = 3.5  # weighs what objectives charge
 LAYER_OF["transport_costs"] = 1.5  # made of threat models, and attacks are made with it
 LATE = {"torchvision", "learn2learn", "ot", "matplotlib", "sklearn", "tyro"}
 

@@ -73,3 +73,7 @@ class AdversarialTraining:
             losses.shape == y.shape, "loss", f"a function that returns [{len(y)}]", f"shape {list(losses.shape)}", "drop the mean"
         )
         return losses
+
+    def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """What an attack on this objective climbs in the moved logits, per example ``[batch]``."""
+        return self.charge(clean, moved, y)

@@ -24,6 +24,17 @@ class PairLoss(Protocol):
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class BallLoss(PairLoss, Protocol):
+    """A `PairLoss` for which any attack inside a ball may find the points.
+
+    ``climbed`` is what such an attack climbs in the moved logits: the charge, or the part of it that moves, or what the authors
+    of the objective climb instead.
+    """
+
+    def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor: ...
+
+
 def check_attack(attack: Any) -> None:
     """Check that ``attack`` can be called on a batch; a class that was not instantiated cannot."""
     if isinstance(attack, type) or not callable(attack):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import finite
-from metarobust.losses import boosted_cross_entropy, kl_divergence
+from metarobust.losses import boosted_cross_entropy, cross_entropy, kl_divergence
 from metarobust.objectives._common import attacked, check_attack
 from metarobust.types import Attack, Model
 
@@ -74,3 +74,7 @@ class MART:
         # A sum of wrong probabilities keeps its digits where 1 - p_y would round to 0.
         doubt = clean.softmax(1).scatter(1, y[:, None], 0.0).sum(1)
         return boosted_cross_entropy(moved, y) + self.beta * kl_divergence(clean, moved) * doubt
+
+    def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """What an attack on this objective climbs in the moved logits, per example ``[batch]``."""
+        return cross_entropy(moved, y)

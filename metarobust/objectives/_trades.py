@@ -101,6 +101,10 @@ class TRADES:
         """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at x and at the moved points."""
         return cross_entropy(clean, y) + self.beta * kl_divergence(clean, moved)
 
+    def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """What an attack on this objective climbs in the moved logits, per example ``[batch]``."""
+        return kl_divergence(clean, moved)
+
     @torch.inference_mode(False)
     def _ascend_kl(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The point of large KL divergence from p(x), shaped like ``x``, inside ball and box."""

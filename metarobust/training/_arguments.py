@@ -61,7 +61,8 @@ def check_objective(objective: Any) -> None:
     """Check that ``objective`` can be called on a batch."""
     if isinstance(objective, type) or not callable(objective):
         raise TypeError(message("objective", "a robust loss", repr(objective), "write AdversarialTraining(attack=PGD(...))"))
-    if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
+    own = isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters())
+    if own and not hasattr(objective, "start_epoch"):  # one that is told of epochs trains its parameters itself
         remedy = "write objective.requires_grad_(False); only the model is trained"
         raise ValueError(message("objective", "without parameters of its own", type(objective).__name__, remedy))
     check_takes_generator("objective", objective)

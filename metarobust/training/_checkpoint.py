@@ -88,6 +88,12 @@ class Checkpoint:
                 else:
                     expected, got = "one whose state holds tensors and numbers only", f"a {type(value).__name__} under {name!r}"
                     raise TypeError(message("optimizer", expected, got, "train without checkpoint, or with another optimizer"))
+        if run.stateful is not None:
+            for name, value in run.stateful.state_dict().items():
+                if not isinstance(value, Tensor):
+                    expected, got = "one whose state_dict holds tensors only", f"a {type(value).__name__} under {name!r}"
+                    raise TypeError(message("objective", expected, got, "train without checkpoint"))
+                tensors[f"objective.{name}"] = value
         header = {
             "format": FORMAT,
             "settings": self.settings,
@@ -147,6 +153,11 @@ class Checkpoint:
         history = [EpochRecord(**record) for record in header["history"]]
         best = None if header["best_epoch"] is None else {name: tensors[f"best.{name}"].clone() for name in names}
         plan.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
+        if run.stateful is not None:
+            ours = run.stateful.state_dict()
+            told = {k.removeprefix("objective."): v.clone() for k, v in tensors.items() if k.startswith("objective.")}
+            places = {name: value.device for name, value in ours.items()}
+            run.stateful.load_state_dict({name: value.to(places.get(name, value.device)) for name, value in told.items()})
         # Not load_state_dict of the optimizer: it casts the state to the dtype of the parameters.
         plan.optimizer.state.clear()
         plan.optimizer.state.update({p: entries for p, entries in state.items() if entries})

@@ -23,6 +23,7 @@ from metarobust.training._arguments import (
 )
 from metarobust.training._checkpoint import Checkpoint, difference, fingerprint
 from metarobust.training._distributed import Processes
+from metarobust.training._objective_call import stateful_part
 from metarobust.training._result import EpochRecord, TrainingResult
 from metarobust.training._run import Plan, TrainingRun
 from metarobust.training._schedules import Schedule
@@ -75,7 +76,10 @@ def fit(
         model: trained in training mode; it ends with the last parameters, in evaluation mode. The best are in the result.
         objective: a robust loss, ``objective(model, x, y, generator=...) -> [batch]``, or a function whose result has a scalar
             ``loss`` and perhaps ``diagnostics``, a dictionary of numbers. Over several processes the mean of these scalars is
-            minimised as it is, and the names of the diagnostics must be the same on all.
+            minimised as it is, and the names of the diagnostics must be the same on all. An objective that learns, as
+            ``meta_weighters.CAAT``, or whose ``robust_loss`` does, has ``state_dict`` and ``load_state_dict``, which the
+            checkpoint keeps; if it has them, ``start_epoch(model, epoch=, epochs=, generator=)`` is called before each epoch,
+            ``diagnostics`` are read after each step, and ``optimizer`` must be the one given here.
         data: a pair ``(x, y)``, x in input units in the model's dtype, y int64, on any device; or a ``LabelledImages``.
         optimizer: over all parameters of the model that require a gradient, ``step()`` without a closure. Learned optimizers
             of ``metarobust.meta_optimizers`` are ones too, if they read the gradient alone (no second stream).
@@ -150,6 +154,9 @@ def fit(
         for module, training in modes:
             module.training = training
     check_optimizer(optimizer, model)
+    theirs = getattr(stateful_part(objective), "optimizer", optimizer)
+    expected = "the one that the objective was given, whose next step it reads"
+    require(theirs is optimizer, "optimizer", expected, "another", "pass the same object to both")
     integer("epochs", epochs, least=1)
     integer("batch_size", batch_size, least=1)
     integer("seed", seed, least=0)
@@ -217,6 +224,7 @@ def _train(run: TrainingRun, file: Checkpoint | None, *, silent: bool, on_epoch:
     with progress_bar("training", plan.epochs * plan.steps, silent=silent) as advance:
         advance(len(run.history) * plan.steps + run.step)
         while len(run.history) < plan.epochs:
+            run.start_epoch()
             plan.model.train()
             for rows in run.batches()[run.step :]:
                 loss = run.advance(rows)

@@ -9,6 +9,20 @@ from torch import Tensor, nn
 from metarobust._checks import message, require
 
 
+def stateful_part(objective: Any) -> Any:
+    """The part of an objective that has a state: itself, or a robust loss inside it; None if there is none.
+
+    A state is what ``state_dict`` gives and ``load_state_dict`` takes back, a dictionary of tensors.
+    """
+    seen: list[Any] = []
+    while objective is not None and not any(objective is earlier for earlier in seen):
+        if callable(getattr(objective, "state_dict", None)) and callable(getattr(objective, "load_state_dict", None)):
+            return objective
+        seen.append(objective)
+        objective = getattr(objective, "robust_loss", None)
+    return None
+
+
 class ObjectiveCall(nn.Module):
     """``objective(model, x, y)`` as a scalar whose mean over the processes is the loss of the joint batch.
 
@@ -22,7 +36,8 @@ class ObjectiveCall(nn.Module):
     def __init__(self, model: nn.Module, objective: Callable[..., Any], processes: int) -> None:
         super().__init__()
         self.model, self.processes = model, processes
-        self._call = (objective,)  # in a tuple, so that an objective that is a module does not become a part of this one
+        # In a tuple, so that an objective that is a module does not become a part of this one.
+        self._call = (objective, stateful_part(objective))
         self.losses: Tensor | None = None
         self.diagnostics: dict[str, float] = {}
 
@@ -33,6 +48,7 @@ class ObjectiveCall(nn.Module):
         if isinstance(found, Tensor) and found.shape == y.shape:
             losses = found if found.dtype == torch.float64 else found.float()
             self.losses, loss = losses.detach(), losses.sum() * (self.processes / joint)
+            told = None
         else:
             loss = getattr(found, "loss", None)
             if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -44,7 +60,9 @@ class ObjectiveCall(nn.Module):
                     else ""
                 )
                 raise TypeError(message("objective", expected, got, remedy))
-            self.diagnostics = {name: float(value) for name, value in (getattr(found, "diagnostics", None) or {}).items()}
+            told = getattr(found, "diagnostics", None)
+        told = {**(getattr(self._call[1], "diagnostics", None) or {}), **(told or {})}
+        self.diagnostics = {name: float(value) for name, value in told.items()}
         remedy = "remove torch.no_grad() or .detach() from the objective"
         require(loss.requires_grad, "objective", "differentiable in the model's parameters", "a loss without a graph", remedy)
         return loss

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metarobust._checks import message
 from metarobust.evaluation._inputs import generator_for
 from metarobust.training._distributed import Processes
-from metarobust.training._objective_call import ObjectiveCall
+from metarobust.training._objective_call import ObjectiveCall, stateful_part
 from metarobust.training._result import EpochRecord, TrainingResult
 from metarobust.training._schedules import Schedule
 from metarobust.types import Attack
@@ -70,6 +70,7 @@ class TrainingRun:
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.amp == "float16")
         self.call = ObjectiveCall(plan.model, plan.objective, plan.processes.count)
         self.synchronised: nn.Module = self.call
+        self.stateful = stateful_part(plan.objective)
 
     def join(self) -> None:
         """Connect the processes; each leaves with the parameters and buffers of rank 0."""
@@ -84,6 +85,13 @@ class TrainingRun:
         """The rows of every joint batch of the epoch in progress."""
         order = torch.randperm(len(self.plan.x), generator=generator_for(self.plan.seed, "training order", len(self.history)))
         return list(order.tensor_split(self.plan.steps))
+
+    def start_epoch(self) -> None:
+        """Tell an objective that has a state, and a ``start_epoch``, that an epoch begins."""
+        start, epoch = getattr(self.stateful, "start_epoch", None), len(self.history)
+        if start is not None and self.step == 0:
+            generator = generator_for(self.plan.seed, "training epoch", epoch)
+            start(self.plan.model, epoch=epoch, epochs=self.plan.epochs, generator=generator)
 
     def advance(self, rows: Tensor) -> float:
         """One step on the joint batch ``rows``; returns its loss.

@@ -1,0 +1,357 @@
+"""CAAT: every example is moved against the model or in its favour, and a network learns which from clean meta-data."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metarobust import _checks
+from metarobust._checks import choice, finite, integer, message, require
+from metarobust.attacks._common import buffers_kept
+from metarobust.data import LabelledImages
+from metarobust.dro import processes
+from metarobust.evaluation._inputs import as_tensors, digest
+from metarobust.meta_weighters._batch_step import meta_step_on_batch
+from metarobust.meta_weighters._branches import Branches, Points, evaluation_mode, rows_independent
+from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassStatistics, training_characteristics
+from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, published_attack
+from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
+from metarobust.meta_weighters._meta_step import routed
+from metarobust.meta_weighters._network import Weighting, WeightingNetwork
+from metarobust.meta_weighters._radii import Bound, GradientBound
+from metarobust.objectives import TRADES
+from metarobust.objectives._common import PairLoss, check_robust_loss
+from metarobust.threat_models import ThreatModel
+from metarobust.types import Batch, Model, RobustLoss
+
+ROUTINGS = ("hard", "soft", "random")
+
+
+class _Call(NamedTuple):
+    """One call of `CAAT`: the batch, its logits and characteristics, the radii of its examples if they have their own."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    natural: Tensor
+    six: Tensor
+    radii: Tensor | None
+    generator: torch.Generator | None
+
+
+class CAAT(nn.Module):
+    r"""Combining adversaries with anti-adversaries (Zhou et al., 2023, arXiv 2304.12550), on top of any robust loss.
+
+    A network sees six characteristics of each example and weighs its branches: moved against the model it is charged the robust
+    loss, moved in the model's favour the cross-entropy, perhaps unmoved the cross-entropy too,
+
+    .. math:: \ell_i = w_{i,adv}\, \ell_{robust}(x_i, x_i^{adv}) + w_{i,anti}\, CE(f(x_i^{anti}), y_i)
+        + w_{i,nat}\, CE(f(x_i), y_i).
+
+    Every ``meta_every`` calls the network itself takes a step: a virtual step of the model's optimizer, momentum and weight decay
+    included, then the loss on clean, balanced meta-data there, differentiated in the weights (`meta_weighted_step`). The
+    characteristics are constants in both the virtual and the actual step. Attacks, virtual steps and the meta-loss leave the
+    model's mode and buffers as they are.
+
+    With ``routing="hard"`` an example gets one branch whole, is attacked towards that side alone, and costs what an adversarial
+    example costs. With ``"soft"`` all branches are found for all. ``"random"`` is a control: as many examples as the network
+    would send to each branch, chosen at random.
+
+    With adversaries only and no meta-step the losses are those of the robust loss, for `TRADES` to the last bit.
+
+    What differs from the published code, and why, stands in docs/papers/caat.md.
+
+    Args:
+        threat_model: ball and box, in input units.
+        meta_data: ``(x, y)`` or `LabelledImages`, clean and balanced, on the device and in the dtype of the model; neither in the
+            training data nor in the test data.
+        optimizer: the one that trains the model; its state is read for the virtual step. SGD, Adam or AdamW of ``torch.optim``.
+        class_counts: examples of each class in the training data, as labelled.
+        network: by default a `WeightingNetwork` with two branches.
+        robust_loss: by default `TRADES` with beta 1.5, as published. `AdversarialTraining`, `TRADES` and `MART` charge the points
+            of one `signed_pgd` on what they climb, whatever attack they came with; any other finds its adversaries itself.
+        bound: None for epsilon itself, a `GradientBound`, a `ReMargin`, or a callable ``(characteristics, y) -> factors``. A
+            network with ``bound_range`` has its own.
+        routing: ``"hard"``, ``"soft"`` or ``"random"``.
+        meta_every: calls from one meta-step to the next; None for no meta-step. (Published: 50.)
+        meta_batch_size: meta-examples of a step.
+        meta_loss: a robust loss, or an objective with a scalar ``.loss``, on the meta-data; by default the robust loss.
+        learning_rate: of Adam on the network; weight decay 5e-4. (Published: 1e-4.)
+        temperature: of the network, from the first epoch to the last, geometrically; None leaves it as it is.
+        hypergradient: ``"double_backward"``, ``"jvp"`` or ``"finite_difference"``.
+        virtual_steps: more than 1 with ``"double_backward"`` only.
+        steps: of the attack.
+        step_size: of the attack, input units; by default ``2.5 * epsilon / steps``.
+        anti_factor: how many times as far anti-adversaries may move as adversaries. (Published: one radius for both.)
+        clip_norm: largest norm of the network's gradient.
+        reads_loss: the network has one input, the loss of each example's adversary, as in `MetaWeightNet`; ``"soft"`` only.
+
+    A call takes ``x [batch, ...]``, ``y [batch]`` int64 and a CPU generator and returns one loss per example. ``state_dict``
+    holds network, its optimizer, statistics and count of calls: `training.fit` keeps it in its checkpoint.
+
+    Raises:
+        TypeError: an argument of the wrong type; on a call that takes a meta-step, a model that is no ``nn.Module``.
+        ValueError: a setting out of range, a bound for a robust loss that finds its adversaries itself.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> meta_data = torch.rand(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> objective = CAAT(
+        ...     threat_model=ThreatModel(epsilon=0.1), meta_data=meta_data, optimizer=optimizer, class_counts=[20, 20, 5]
+        ... )
+        >>> losses = objective(model, torch.rand(8, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+        >>> losses.mean().backward()
+        >>> losses.shape, sorted(objective.diagnostics)
+        (torch.Size([8]), ['adversary', 'anti_adversary', 'meta_gradient', 'meta_loss', 'radius'])
+    """
+
+    bound: Bound | None
+    calls: Tensor
+
+    def __init__(
+        self,
+        *,
+        threat_model: ThreatModel,
+        meta_data: tuple[Tensor, Tensor] | LabelledImages,
+        optimizer: torch.optim.Optimizer,
+        class_counts: Sequence[int] | Tensor,
+        network: WeightingNetwork | None = None,
+        robust_loss: RobustLoss | None = None,
+        bound: Bound | None = None,
+        routing: str = "hard",
+        meta_every: int | None = 10,
+        meta_batch_size: int = 128,
+        meta_loss: Callable[..., Any] | None = None,
+        learning_rate: float = 1e-3,
+        temperature: tuple[float, float] | None = (1.0, 0.1),
+        hypergradient: str = "double_backward",
+        virtual_steps: int = 1,
+        steps: int = 10,
+        step_size: float | None = None,
+        anti_factor: float = 1.0,
+        clip_norm: float | None = None,
+        reads_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(threat_model, ThreatModel):
+            raise TypeError(message("threat_model", "a ThreatModel", repr(threat_model)))
+        choice("routing", routing, ROUTINGS)
+        choice("hypergradient", hypergradient, HYPERGRADIENTS)
+        require(routing == "soft" or not reads_loss, "routing", "'soft' where the network reads the loss", repr(routing))
+        for name, value in (("meta_batch_size", meta_batch_size), ("virtual_steps", virtual_steps), ("steps", steps)):
+            integer(name, value, least=1)
+        if meta_every is not None:
+            integer("meta_every", meta_every, least=1)
+        finite("learning_rate", learning_rate, above=0.0)
+        finite("anti_factor", anti_factor, above=0.0)
+        self.statistics = ClassStatistics(class_counts)
+        self.network = WeightingNetwork() if network is None else network
+        expected = 1 if reads_loss else len(CHARACTERISTICS)
+        require(len(self.network.mean) == expected, "network", f"with inputs={expected}", len(self.network.mean))
+        robust_loss = TRADES(threat_model=threat_model, beta=1.5) if robust_loss is None else robust_loss
+        check_robust_loss(robust_loss)
+        self.branches = Branches(
+            names=self.network.branches,
+            robust_loss=robust_loss,
+            threat_model=threat_model,
+            steps=steps,
+            step_size=step_size,
+            anti_factor=anti_factor,
+        )
+        self.bound = bound
+        if bound is not None or self.network.bound_range is not None:
+            got = type(robust_loss).__name__
+            expected = "one whose adversaries signed_pgd can find (AdversarialTraining, TRADES, MART) where examples have bounds"
+            require(self.branches.signed, "robust_loss", expected, got, "leave bound out")
+            require(bound is None or self.network.bound_range is None, "bound", "None beside a network with bound_range", bound)
+        whole = not isinstance(robust_loss, PairLoss)
+        if whole and hypergradient == "jvp":
+            remedy = "write hypergradient='double_backward'"
+            expected = "not 'jvp' for a loss that attacks when it is called"
+            raise ValueError(message("hypergradient", expected, f"'jvp' with {type(robust_loss).__name__}", remedy))
+        if temperature is not None:
+            for value in temperature:
+                finite("temperature", value, above=0.0)
+        x, y = as_tensors(meta_data)
+        _checks.images(x, lower=threat_model.lower, upper=threat_model.upper)
+        _checks.labels(y, examples=len(x), classes=len(self.statistics.share))
+        require(len(x) > 0, "meta_data", "at least one example", 0)
+        self.meta_data = (x, y)
+        self.threat_model, self.routing, self.reads_loss = threat_model, routing, reads_loss
+        self.meta_every, self.meta_batch_size, self.temperature = meta_every, meta_batch_size, temperature
+        self.meta_loss: Callable[..., Any] = robust_loss if meta_loss is None else meta_loss
+        self.hypergradient, self.virtual_steps, self.clip_norm = hypergradient, virtual_steps, clip_norm
+        self.optimizer = optimizer
+        self.network_optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate, weight_decay=5e-4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.diagnostics: dict[str, float] = {}
+        self._meta_told = {"meta_loss": float("nan"), "meta_gradient": float("nan")}
+
+    # What training.fit calls -------------------------------------------------------------------------------------------
+
+    def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
+        """Set the network's temperature for epoch 0, 1, ...; move the class bounds of a `ReMargin` by errors on the meta-data."""
+        if self.temperature is not None:
+            first, last = self.temperature
+            self.network.temperature = first * (last / first) ** (epoch / max(1, epochs - 1))
+        if isinstance(self.bound, ReMargin):
+            x, y = self.meta_data
+            classes, attack = len(self.statistics.share), published_attack(self.threat_model)
+            errors = held_out_errors(model, x, y, classes=classes, attack=attack, generator=generator)
+            self.bound.start_epoch(errors, epoch=epoch)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Buffers and parameters, the temperature, and the state of the network's optimizer, all tensors."""
+        found = dict(super().state_dict(*args, **kwargs))
+        found["temperature"] = torch.tensor(self.network.temperature, dtype=torch.float64)
+        for number, p in enumerate(self.network_optimizer.param_groups[0]["params"]):
+            for name, value in self.network_optimizer.state.get(p, {}).items():
+                found[f"network_optimizer.{number}.{name}"] = value
+        return found
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take over what `state_dict` gave."""
+        own = {name: value for name, value in state_dict.items() if not name.startswith(("network_optimizer.", "temperature"))}
+        found = super().load_state_dict(own, strict=strict, assign=assign)
+        self.network.temperature = float(state_dict["temperature"])
+        parameters = self.network_optimizer.param_groups[0]["params"]
+        self.network_optimizer.state.clear()
+        for name, value in state_dict.items():
+            kind, _, rest = name.partition(".")
+            if kind == "network_optimizer":
+                number, _, entry = rest.partition(".")
+                self.network_optimizer.state[parameters[int(number)]][entry] = value.clone()
+        return found
+
+    # The loss ----------------------------------------------------------------------------------------------------------
+
+    def forward(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return one loss per example, ``[batch]``; every ``meta_every`` calls, move the network first."""
+        if processes() > 1:
+            raise ValueError(message("CAAT", "used by one process", processes(), "write torchrun --nproc-per-node 1"))
+        if self.calls.device != x.device:  # everything that is kept follows the data
+            self.to(x.device)
+            self.meta_data = (self.meta_data[0].to(x.device), self.meta_data[1].to(x.device))
+        meta = self.meta_every is not None and int(self.calls) % self.meta_every == 0
+        self.calls += 1
+        natural = self._natural(model, x)
+        six = training_characteristics(natural, y, self.statistics)
+        self.statistics.update(six[:, 0], y)
+        if isinstance(self.bound, GradientBound):
+            self.bound.observe(six)
+        radii = None if self.bound is None else self._radii(self.bound(six, y))
+        return (self._soft if self.routing == "soft" else self._routed)(_Call(model, x, y, natural, six, radii, generator), meta)
+
+    @torch.no_grad()
+    def weigh(self, model: nn.Module, x: Tensor, y: Tensor) -> Weighting:
+        """The network's weights of examples, from the model in evaluation mode; nothing changes."""
+        expected = "asked of a network that reads the six characteristics"
+        require(not self.reads_loss, "weigh", expected, "one that reads the loss")
+        with evaluation_mode(model):
+            logits = model(x)
+        return self.network(training_characteristics(logits, y, self.statistics))
+
+    # Parts -------------------------------------------------------------------------------------------------------------
+
+    def _routed(self, call: _Call, meta: bool) -> Tensor:
+        """The losses ``[batch]`` with one branch for each example."""
+        self.network.observe(call.six)
+        points = self._all_points(call) if meta else None
+        if points is not None:
+            self._meta_step(call, call.six, points)
+        with torch.no_grad():
+            weighting = self.network(call.six)
+        weights, radii = routed(weighting.weights), self._network_radii(weighting, call.radii)
+        if self.routing == "random":
+            weights = weights[torch.randperm(len(call.y), generator=call.generator).to(call.y.device)]
+        self._tell(weights, radii)
+        branch = weights.argmax(1)
+        sign_of = {"natural": 0, "adversary": 1, "anti_adversary": -1}
+        signs = torch.tensor([sign_of[name] for name in self.network.branches], device=branch.device)[branch]
+        if points is None or self.network.bound_range is not None:
+            moved = self.branches.points(call.model, call.x, call.y, signs, call.natural, radii, call.generator)
+        else:
+            moved = points.chosen(call.x, signs)
+        found = self.branches.routed_losses(call.model, call.x, call.y, branch, moved, call.natural, call.generator)
+        return found * weights.sum(1) if weights.shape[1] == 1 else found
+
+    def _soft(self, call: _Call, meta: bool) -> Tensor:
+        """The losses ``[batch]`` with all branches of each example, weighted."""
+        if not self.reads_loss:
+            self.network.observe(call.six)
+        points = self._all_points(call)
+        joint = isinstance(call.model, nn.Module) and rows_independent(call.model)
+        seed = int(torch.randint(2**62, (), generator=call.generator))
+        clean = call.natural if self.branches.reads_clean else None
+        losses = self.branches.losses(call.model, call.x, call.y, points, joint=joint, seed=seed, clean=clean)
+        known = losses.detach() if self.reads_loss else call.six
+        if self.reads_loss:
+            self.network.observe(known)
+        if meta:
+            self._meta_step(call, known, points)
+        with torch.no_grad():
+            weighting = self.network(known)
+        self._tell(weighting.weights, self._network_radii(weighting, call.radii))
+        return (weighting.weights.to(losses) * losses).sum(1)
+
+    def _natural(self, model: Model, x: Tensor) -> Tensor:
+        """The logits at x: with their graph if a branch is charged for them, otherwise without a trace."""
+        if self.branches.reads_clean:
+            return model(x)
+        with torch.no_grad(), buffers_kept(model):
+            return model(x)
+
+    def _radii(self, factors: Tensor) -> Tensor:
+        """Factors of epsilon ``[batch]`` as radii, inside what the box allows."""
+        return self.branches.radii(self.threat_model.epsilon * factors)
+
+    def _network_radii(self, weighting: Weighting, radii: Tensor | None) -> Tensor | None:
+        return radii if weighting.bound is None else self._radii(weighting.bound.detach())
+
+    def _all_points(self, call: _Call) -> Points:
+        radii = call.radii
+        if self.network.bound_range is not None:
+            with torch.no_grad():
+                radii = self._network_radii(self.network(call.six), radii)
+        return self.branches.all_points(call.model, call.x, call.y, call.natural, radii, call.generator)
+
+    def _meta_step(self, call: _Call, known: Tensor, points: Points) -> None:
+        """Equations 9 and 10: virtual step, meta-gradient, one step of the network."""
+        if not isinstance(call.model, nn.Module):
+            remedy = "pass the module, or set meta_every=None"
+            raise TypeError(message("model", "an nn.Module for meta-steps", type(call.model).__name__, remedy))
+        meta_x, meta_y = self.meta_data
+        rows = torch.randperm(len(meta_x), generator=call.generator)[: self.meta_batch_size].to(meta_x.device)
+        step = meta_step_on_batch(
+            self.network,
+            self.network_optimizer,
+            self.branches,
+            call.model,
+            Batch(call.x, call.y),
+            known,
+            points,
+            meta_batch=Batch(meta_x[rows], meta_y[rows]),
+            meta_loss=self.meta_loss,
+            optimizer=self.optimizer,
+            method=self.hypergradient,
+            steps=self.virtual_steps,
+            hard=self.routing != "soft",
+            clip_norm=self.clip_norm,
+            generator=call.generator,
+        )
+        self._meta_told = {"meta_loss": step.meta_loss, "meta_gradient": step.norm}
+
+    def _tell(self, weights: Tensor, radii: Tensor | None) -> None:
+        """Keep the numbers that `training.fit` logs: the mean weight of each branch, and of the radius."""
+        means = weights.mean(0).tolist()
+        radius = self.threat_model.epsilon if radii is None else float(radii.mean())
+        told = {**dict(zip(self.network.branches, means, strict=True)), "radius": radius, **self._meta_told}
+        self.diagnostics = {name: value for name, value in told.items() if value == value}
+
+    def extra_repr(self) -> str:
+        names = ("routing", "meta_every", "meta_batch_size", "temperature", "hypergradient", "virtual_steps", "clip_norm")
+        told = [f"{name}={getattr(self, name)!r}" for name in (*names, "reads_loss", "branches", "meta_loss")]
+        told += [f"meta_data={digest(*self.meta_data)}", f"learning_rate={self.network_optimizer.param_groups[0]['lr']:g}"]
+        return ", ".join(told if isinstance(self.bound, nn.Module) else [*told, f"bound={self.bound!r}"])
