@@ -19,6 +19,7 @@ from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, 
 from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
 from metarobust.meta_weighters._meta_step import routed
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork
+from metarobust.meta_weighters._optimizer_state import optimizer_state, restore_optimizer
 from metarobust.meta_weighters._radii import Bound, GradientBound
 from metarobust.objectives import TRADES
 from metarobust.objectives._common import PairLoss, check_robust_loss
@@ -206,9 +207,7 @@ class CAAT(nn.Module):
         """Buffers and parameters, the temperature, and the state of the network's optimizer, all tensors."""
         found = dict(super().state_dict(*args, **kwargs))
         found["temperature"] = torch.tensor(self.network.temperature, dtype=torch.float64)
-        for number, p in enumerate(self.network_optimizer.param_groups[0]["params"]):
-            for name, value in self.network_optimizer.state.get(p, {}).items():
-                found[f"network_optimizer.{number}.{name}"] = value
+        found |= optimizer_state("network_optimizer.", self.network_optimizer)
         return found
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -216,13 +215,7 @@ class CAAT(nn.Module):
         own = {name: value for name, value in state_dict.items() if not name.startswith(("network_optimizer.", "temperature"))}
         found = super().load_state_dict(own, strict=strict, assign=assign)
         self.network.temperature = float(state_dict["temperature"])
-        parameters = self.network_optimizer.param_groups[0]["params"]
-        self.network_optimizer.state.clear()
-        for name, value in state_dict.items():
-            kind, _, rest = name.partition(".")
-            if kind == "network_optimizer":
-                number, _, entry = rest.partition(".")
-                self.network_optimizer.state[parameters[int(number)]][entry] = value.clone()
+        restore_optimizer("network_optimizer.", self.network_optimizer, state_dict)
         return found
 
     # The loss ----------------------------------------------------------------------------------------------------------

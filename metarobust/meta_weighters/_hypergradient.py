@@ -78,7 +78,7 @@ def hypergradient(
             tuple of the parameters in order.
         bound: a leaf ``[batch]`` that ``branch_losses`` reads and the derivative is wanted in too; for ``"double_backward"``
             only: differences of gradients fail at ReLU kinks, and torch's forward mode of BatchNorm in training mode,
-            differentiated again, was 3 to 20 % off.
+            differentiated again, was 3 to 50 % off.
         method: one of the three.
         steps: virtual steps, all with these losses; more than 1 with ``"double_backward"`` only.
         relative_step: h over the norm of the parameters, for ``"finite_difference"``.
