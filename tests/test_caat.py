@@ -574,7 +574,7 @@ def test_signed_moves_of_a_linear_model_are_the_ones_of_the_theory(sign: int, ep
         ({"threat_model": 0.1}, "threat_model must be a ThreatModel, got 0.1"),
         ({"routing": "Hard "}, "routing must be one of 'hard', 'soft', 'random', got 'Hard '; write 'hard'"),
         ({"meta_every": 0}, "meta_every must be an integer >= 1, got 0"),
-        ({"hypergradient": "vjp"}, "hypergradient must be one of 'jvp', 'double_backward', 'finite_difference', got 'vjp'"),
+        ({"hypergradient": "vjp"}, "hypergradient must be one of 'auto', 'jvp', 'double_backward', 'finite_difference', got"),
         ({"network": WeightingNetwork(inputs=2)}, "network must be with inputs=6, got 2"),
         (
             {"bound": GradientBound(), "robust_loss": LOSSES["beta"]},

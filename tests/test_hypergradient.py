@@ -549,7 +549,7 @@ def test_the_network_goes_down_the_gradient_of_the_meta_loss(method: str, steps:
     before = copy.deepcopy(network)
     weighting = network(known())
     factors = weighting.bound.detach().requires_grad_() if with_bound else None
-    found = meta_step(of, network, SGD(network.parameters(), lr=1.0), factors, hypergradient_method=method, steps=steps)
+    found = meta_step(of, network, SGD(network.parameters(), lr=1.0), factors, hypergradient=method, steps=steps)
     gradient = flattened(before) - flattened(network)
 
     def reached(shift: Tensor) -> float:

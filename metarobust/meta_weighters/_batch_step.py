@@ -76,7 +76,7 @@ def meta_step_on_batch(
         loss_there,
         {name: p.detach() for name, p in named.items()},
         update=virtual_update(optimizer, list(named.values())),
-        hypergradient_method=method,
+        hypergradient=method,
         steps=steps,
         hard=hard,
         bound=factors,

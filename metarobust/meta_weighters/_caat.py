@@ -80,7 +80,8 @@ class CAAT(nn.Module):
         meta_loss: a robust loss, or an objective with a scalar ``.loss``, on the meta-data; by default the robust loss.
         learning_rate: of Adam on the network; weight decay 5e-4. (Published: 1e-4.)
         temperature: of the network, from the first epoch to the last, geometrically; None leaves it as it is.
-        hypergradient: ``"double_backward"``, ``"jvp"`` or ``"finite_difference"``.
+        hypergradient: ``"jvp"``, ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the JVP, which is the faster of
+            the exact ones on a CPU and needs less memory (docs/speed.md), wherever it is exact, otherwise double backward.
         virtual_steps: more than 1 with ``"double_backward"`` only.
         steps: of the attack.
         step_size: of the attack, input units; by default ``2.5 * epsilon / steps``.
@@ -127,7 +128,7 @@ class CAAT(nn.Module):
         meta_loss: Callable[..., Any] | None = None,
         learning_rate: float = 1e-3,
         temperature: tuple[float, float] | None = (1.0, 0.1),
-        hypergradient: str = "double_backward",
+        hypergradient: str = "auto",
         virtual_steps: int = 1,
         steps: int = 10,
         step_size: float | None = None,
@@ -139,7 +140,7 @@ class CAAT(nn.Module):
         if not isinstance(threat_model, ThreatModel):
             raise TypeError(message("threat_model", "a ThreatModel", repr(threat_model)))
         choice("routing", routing, ROUTINGS)
-        choice("hypergradient", hypergradient, HYPERGRADIENTS)
+        choice("hypergradient", hypergradient, ("auto", *HYPERGRADIENTS))
         require(routing == "soft" or not reads_loss, "routing", "'soft' where the network reads the loss", repr(routing))
         for name, value in (("meta_batch_size", meta_batch_size), ("virtual_steps", virtual_steps), ("steps", steps)):
             integer(name, value, least=1)
@@ -168,6 +169,9 @@ class CAAT(nn.Module):
             require(self.branches.signed, "robust_loss", expected, got, "leave bound out")
             require(bound is None or self.network.bound_range is None, "bound", "None beside a network with bound_range", bound)
         whole = not isinstance(robust_loss, PairLoss)
+        if hypergradient == "auto":
+            twice = whole or virtual_steps > 1 or self.network.bound_range is not None
+            hypergradient = "double_backward" if twice else "jvp"
         if whole and hypergradient == "jvp":
             remedy = "write hypergradient='double_backward'"
             expected = "not 'jvp' for a loss that attacks when it is called"

@@ -160,7 +160,8 @@ class FRL(nn.Module):
         \qquad \|x' - x\| \le m_y \epsilon,
 
     with the means over the batch, and x' from `signed_pgd` on the KL divergence. The multipliers move by the natural and boundary
-    errors on held-out data, at each `start_epoch`, which `training.fit` calls.
+    errors on held-out data, at each `start_epoch`, which `training.fit` calls. The means below the weights are those of CAAT's
+    published code; FRL's divides by the sum of both weights instead, half as large a loss at equal weights.
 
     Args:
         threat_model: ball and box, in input units.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import finite, message
-from metarobust.meta_weighters._hypergradient import BranchLosses, MetaLoss, hypergradient
+from metarobust.meta_weighters._hypergradient import BranchLosses, MetaLoss
+from metarobust.meta_weighters._hypergradient import hypergradient as differentiate
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
@@ -42,7 +43,7 @@ def meta_weighted_step(
     parameters: Parameters,
     *,
     update: VirtualUpdate,
-    hypergradient_method: str = "double_backward",
+    hypergradient: str = "double_backward",
     steps: int = 1,
     hard: bool = False,
     bound: Tensor | None = None,
@@ -61,7 +62,7 @@ def meta_weighted_step(
         meta_loss: see `hypergradient`.
         parameters: of the model, by name.
         update: from `virtual_update`.
-        hypergradient_method: ``"double_backward"``, ``"jvp"`` or ``"finite_difference"``.
+        hypergradient: ``"double_backward"``, ``"jvp"`` or ``"finite_difference"``.
         steps: virtual steps.
         hard: take the virtual step with the largest weight of each example set to 1 and the others to 0, as an actual step that
             is routed hard does; the gradient passes as if they had been the network's (straight through).
@@ -91,8 +92,8 @@ def meta_weighted_step(
         expected = "given for a network with bound_range, and for no other"
         raise ValueError(message("bound", expected, "None" if bound is None else "a tensor"))
     used = routed(weighting.weights) if hard else weighting.weights.detach()
-    found = hypergradient(
-        branch_losses, meta_loss, parameters, used, update=update, bound=bound, method=hypergradient_method, steps=steps
+    found = differentiate(
+        branch_losses, meta_loss, parameters, used, update=update, bound=bound, method=hypergradient, steps=steps
     )
     pairs = [(weighting.weights, found.weights.to(weighting.weights))]
     if weighting.bound is not None and found.bound is not None:

@@ -1,0 +1,253 @@
+"""Learned weights of adversaries and anti-adversaries against fixed ones: long tails and noisy labels, class by class.
+
+    METAROBUST_DATA=... uv run python -m benchmarks.fairness [--data digits fashion_mnist] [--out results/fairness]
+
+Every method sees the same training images, the same 20 clean, balanced meta-images per class, the same optimizer, schedule and
+number of epochs. The meta-images are what `CAAT`, `MetaWeightNet` and `FRL` learn from; "TRADES, meta-data too" trains on them
+instead, so that a gain of learning from them can be told from a gain of having them. Scenarios: the longest tail has 1/10 or
+1/50 of the head's examples; 20 % or 40 % of the labels are drawn anew (uniform) or moved to the next class (pair). The settings
+of CAAT were chosen on digits, by validation errors, with other seeds (``--choose`` prints that table); test images are seen once,
+by the attacks of the standard protocol. Noise: the area under the ROC curve (AUROC) of the anti-adversary weight against the true
+flag. Each run is a file in ``--out``, so that the benchmark goes on where it was stopped; ``--table`` prints what is there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._common import environment
+from metarobust._files import write_atomically
+from metarobust.attacks import PGD
+from metarobust.data import LabelledImages, load, load_digits, long_tail, noise_matrix, split, split_meta, with_label_noise
+from metarobust.evaluation import evaluate, protocol_attacks
+from metarobust.meta_weighters import CAAT, FRL, GradientBound, MetaWeightNet, ReMargin, WeightingNetwork
+from metarobust.models import cnn, mlp
+from metarobust.objectives import TRADES, AdversarialTraining, ClassWeighted, LogitAdjusted
+from metarobust.threat_models import ThreatModel
+from metarobust.training import fit, piecewise
+
+BALL = ThreatModel(norm="linf", epsilon=0.1)
+BETA = 6.0  # of every TRADES in the table, as its authors' default
+CLASSES, PER_CLASS = 10, 20
+SCENARIOS = ("tail-10", "tail-50", "uniform-20", "uniform-40", "pair-20", "pair-40")
+SPLITS = {"digits": (1050, 300, 447), "fashion_mnist": (5000, 1000, 500)}
+EPOCHS = {"digits": 60, "fashion_mnist": 20}
+
+
+class Data(NamedTuple):
+    """One scenario of one data set; ``flipped [n]`` marks wrong labels of the training part."""
+
+    train: LabelledImages
+    meta: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
+    flipped: Tensor
+
+
+def parts(data: str, scenario: str, seed: int) -> Data:
+    """Everything of the seed but the test images of Fashion-MNIST, which are the same 500 for all."""
+    draw = torch.Generator().manual_seed(seed)
+    if data == "digits":
+        train, validation, test = split(load_digits(), SPLITS[data], generator=draw)
+    else:
+        train, validation = split(load("fashion_mnist", train=True), SPLITS[data][:2], generator=draw)
+        (test,) = split(load("fashion_mnist", train=False), SPLITS[data][2:], generator=torch.Generator().manual_seed(0))
+    train, meta = split_meta(train, PER_CLASS, generator=draw)
+    kind, _, number = scenario.partition("-")
+    if kind == "tail":
+        train = long_tail(train, factor=float(number), generator=draw)
+        return Data(train, meta, validation, test, torch.zeros(len(train), dtype=torch.bool))
+    noisy = with_label_noise(train, noise_matrix(kind, int(number) / 100, CLASSES), generator=draw)
+    return Data(noisy.data, meta, validation, test, noisy.flipped)
+
+
+def network(data: str, seed: int) -> nn.Module:
+    """An MLP for digits, a CNN for Fashion-MNIST."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return mlp([64, 128, CLASSES]) if data == "digits" else cnn([8, 16], image_size=28)
+
+
+def learned(seed: int, **changes: Any) -> Callable[..., CAAT]:
+    """A `CAAT` with the settings of the table, changed."""
+
+    def make(found: Data, optimizer: torch.optim.Optimizer, counts: list[int]) -> CAAT:
+        branches = changes.get("branches", ("adversary", "anti_adversary"))
+        weigher = WeightingNetwork(branches=branches, generator=torch.Generator().manual_seed(seed))
+        defaults: dict[str, Any] = {"meta_every": 2, "learning_rate": 3e-3, "anti_factor": 1.0}
+        return CAAT(
+            threat_model=BALL,
+            meta_data=found.meta,
+            optimizer=optimizer,
+            class_counts=counts,
+            network=weigher,
+            robust_loss=TRADES(threat_model=BALL, beta=BETA),
+            **{**defaults, **{name: value for name, value in changes.items() if name != "branches"}},
+        )
+
+    return make
+
+
+def methods(seed: int) -> dict[str, Callable[..., Any]]:
+    """Every row of the table: ``(data, optimizer, class counts) -> objective``."""
+    trades = TRADES(threat_model=BALL, beta=BETA)
+    shared: dict[str, Any] = {"threat_model": BALL}
+    return {
+        "PGD-AT": lambda *_: AdversarialTraining(attack=PGD(threat_model=BALL)),
+        "TRADES": lambda *_: trades,
+        "TRADES, meta-data too": lambda *_: trades,
+        "class weights + TRADES": lambda _, __, counts: ClassWeighted.balanced(robust_loss=trades, class_counts=counts),
+        "logit adjustment + TRADES": lambda _, __, counts: LogitAdjusted(robust_loss=trades, class_counts=counts),
+        "FRL": lambda found, _, __: FRL(held_out=found.meta, beta=BETA, **shared),
+        "Meta-Weight-Net + TRADES": lambda found, optimizer, counts: MetaWeightNet(
+            meta_data=found.meta, optimizer=optimizer, class_counts=counts, robust_loss=trades, meta_every=2, **shared
+        ),
+        "CAAT (ReMargin)": learned(seed, bound=ReMargin(classes=CLASSES)),
+        "CAAT (gradient)": learned(seed, bound=GradientBound()),
+        "CAAT (fixed bound)": learned(seed),
+        "CAAT, anti-adversaries x 4": learned(seed, anti_factor=4.0),
+        "CAAT x 4, no anti": learned(seed, branches=("natural", "adversary")),
+        "CAAT x 4, random routing": learned(seed, anti_factor=4.0, routing="random"),
+        "CAAT x 4 + logit adjustment": lambda *call: LogitAdjusted(
+            robust_loss=learned(seed, anti_factor=4.0)(*call), class_counts=call[2]
+        ),
+    }
+
+
+def auroc(weights: Tensor, flags: Tensor) -> float | None:
+    """Area under the ROC curve; None where all flags are equal."""
+    from sklearn.metrics import roc_auc_score
+
+    return None if bool(flags.all()) or not bool(flags.any()) else float(roc_auc_score(flags.numpy(), weights.numpy()))
+
+
+def train(name: str, data: str, scenario: str, seed: int) -> tuple[nn.Module, Any, Data]:
+    """One run: the trained network, its objective, its data."""
+    found = parts(data, scenario, seed)
+    images = found.train
+    if name == "TRADES, meta-data too":
+        pixels, labels = (torch.cat(pair) for pair in ((images.images, found.meta.images), (images.labels, found.meta.labels)))
+        images = LabelledImages(pixels, labels, CLASSES)
+    model = network(data, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if data == "digits" else 0.05, momentum=0.9)
+    objective = methods(seed)[name](found, optimizer, images.labels.bincount(minlength=CLASSES).tolist())
+    schedule = piecewise({0.6: 0.1, 0.85: 0.01})
+    epochs = EPOCHS[data]
+    fit(model, objective, images, optimizer=optimizer, epochs=epochs, batch_size=64, schedule=schedule, seed=seed, silent=True)
+    return model, objective, found
+
+
+def measured(model: nn.Module, objective: Any, found: Data, *, on_test: bool) -> dict[str, Any]:
+    """Errors by class, and how well wrong labels were told."""
+    images = found.test if on_test else found.validation
+    attacks = protocol_attacks("standard", BALL) if on_test else {"pgd": PGD(threat_model=BALL, steps=20)}
+    report = evaluate(model, images, threat_model=BALL, attacks=attacks, reliability_checks=False)
+    errors = {name: error._asdict() for name, error in report.errors._asdict().items()}
+    part = getattr(objective, "robust_loss", objective) if isinstance(objective, LogitAdjusted) else objective
+    flagged, shares = None, None
+    if isinstance(part, CAAT):
+        shares = part.diagnostics
+        if not part.reads_loss and "anti_adversary" in part.network.branches:
+            weights = part.weigh(model, found.train.images, found.train.labels).weights[:, -1]
+            flagged = auroc(weights, found.flipped)
+    return {"errors": errors, "auroc": flagged, "diagnostics": shares, "train": len(found.train)}
+
+
+def one_run(name: str, data: str, scenario: str, seed: int, out: str) -> None:
+    """Train, measure, and write one file; nothing if it is there already."""
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    path = Path(out) / f"{data}-{scenario}-{slug}-{seed}.json"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    run = {"method": name, "data": data, "scenario": scenario, "seed": seed}
+    content = {"run": run, **measured(*train(name, data, scenario, seed), on_test=True), "environment": environment()}
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    print(f"wrote {path}", flush=True)
+
+
+def table(out: str) -> None:
+    """Mean and range over the seeds of what is there."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for path in sorted(Path(out).glob("*.json")):
+        content = json.loads(path.read_text())
+        run = content["run"]
+        found.setdefault((run["data"], run["scenario"], run["method"]), []).append(content)
+    for data in SPLITS:
+        for scenario in SCENARIOS:
+            names = [name for name in methods(0) if (data, scenario, name) in found]
+            if not names:
+                continue
+            print(f"\n{data}, {scenario}: errors in %, mean over seeds (lowest to highest)\n")
+            print("| method | seeds | natural | robust | worst class, natural | worst class, robust | AUROC | anti |")
+            print("|---|---|---|---|---|---|---|---|")
+            for name in names:
+                runs = found[data, scenario, name]
+                cells = [name, str(len(runs))]
+                for part in ("average", "worst"):
+                    for kind in ("natural", "robust"):
+                        cells.append(_spread([100 * run["errors"][kind][part] for run in runs], 1))
+                cells.append(_spread([run["auroc"] for run in runs if run["auroc"] is not None], 3))
+                shares = [(run["diagnostics"] or {}).get("anti_adversary") for run in runs]
+                cells.append(_spread([share for share in shares if share is not None], 2))
+                print("| " + " | ".join(cells) + " |")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def choose() -> None:
+    """What the settings of CAAT were chosen by: validation errors on digits, three other seeds."""
+    for scenario in ("tail-10", "uniform-40"):
+        for name in ("TRADES", "CAAT (fixed bound)", "CAAT, anti-adversaries x 4"):
+            runs = [measured(*train(name, "digits", scenario, seed), on_test=False) for seed in (100, 101, 102)]
+            cells = [_spread([100 * run["errors"][kind][part] for run in runs], 1) for kind, part in COLUMNS]
+            print(f"{scenario:12s} {name:30s} natural {cells[0]}, robust {cells[1]}, worst class robust {cells[2]}", flush=True)
+
+
+COLUMNS = (("natural", "average"), ("robust", "average"), ("robust", "worst"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="*", choices=SPLITS, default=["digits"])
+    parser.add_argument("--scenarios", nargs="*", choices=SCENARIOS, default=SCENARIOS)
+    parser.add_argument("--only", nargs="*", choices=methods(0), default=list(methods(0)), help="a part of the methods")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--choose", action="store_true", help="print the table that settings were chosen by, and stop")
+    parser.add_argument("--table", action="store_true", help="print what is there, and stop")
+    parser.add_argument("--out", default="results/fairness")
+    arguments = parser.parse_args()
+    if arguments.choose:
+        choose()
+        return
+    if not arguments.table:
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        jobs = [
+            (name, data, scenario, seed, arguments.out)
+            for seed in range(arguments.seeds)
+            for data in arguments.data
+            for scenario in arguments.scenarios
+            for name in arguments.only
+        ]
+        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+            pool.starmap(one_run, jobs, chunksize=1)
+    table(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
