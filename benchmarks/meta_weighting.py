@@ -6,7 +6,7 @@ Meta-step, attacks excluded: 128 images of 28 x 28 pixels (random, as their adve
 without BatchNorm, TRADES' loss; the virtual SGD step with momentum and weight decay, the loss on 128 meta-images and their
 adversaries, a step of the weighting network, then the actual weighted step. The peer does the same with ``torchopt.MetaSGD``, and
 asks autograd for the network's gradient alone. Memory is the peak during the virtual step and the meta-gradient above what was
-there before: of the process (reset through /proc/self/clear_refs) on a CPU, of the allocator on a GPU. Bars: the default mode at
+there before: of a process of its own on a CPU, of the allocator on a GPU. Bars: the default mode at
 most 1.0 times the peer's time, the JVP at most 0.75 times its memory.
 
 Routed step: `CAAT` with ten attack steps against `TRADES` with ten, forward, backward and SGD. Bar: at most 1.15 times.
@@ -14,7 +14,10 @@ Routed step: `CAAT` with ten attack steps against `TRADES` with ten, forward, ba
 
 import argparse
 import gc
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,28 +174,43 @@ def peer(setting: Setting) -> tuple[Callable[[], object], Callable[[], object]]:
     return step, meta
 
 
-def peak_memory(function: Callable[[], object]) -> float:
-    """Mebibytes that a call needs at its peak, beyond what is there before; NaN where the system does not tell."""
+def peak_memory(name: str, normalised: bool, device: str) -> float:
+    """Mebibytes that a meta-step needs at its peak, beyond what is there before; NaN where the system does not tell.
+
+    On a CPU in a process of its own, whose allocator gives every larger block back at once, so that resident memory is memory
+    in use.
+    """
+    if device == "cuda":
+        return measured_memory(name, normalised, device)
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "benchmarks.meta_weighting", "--memory", name, "--threads", "1"]
+    command += ["--normalised"] if normalised else []
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | settings)
+    return float(told.stdout.split()[-1])
+
+
+def measured_memory(name: str, normalised: bool, device: str) -> float:
+    """The same, measured in this process."""
+    setting = Setting(normalised, device)
+    _, function = peer(setting) if name == "torchopt.MetaSGD" else ours(setting, name)
     function()
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return float("nan")
-    try:
-        reset.write_text("5")
-    except OSError:
-        return float("nan")
 
     def kibibytes(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    before = kibibytes("VmRSS")
+    try:
+        reset.write_text("5")
+        before = kibibytes("VmRSS")
+    except OSError:
+        return float("nan")
     function()
     return (kibibytes("VmHWM") - before) / 2**10
 
@@ -237,16 +255,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; default: torch's own choice")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", default="results")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--normalised", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.memory:
+        print(measured_memory(arguments.memory, arguments.normalised, "cpu"))
+        return
     content: dict[str, Any] = {"device": arguments.device, "rounds": arguments.rounds, "meta-step": {}}
     print(f"meta-step on {arguments.device}, median of {arguments.rounds} rounds (lowest to highest), against torchopt.MetaSGD")
     for normalised in (False, True):
         setting = Setting(normalised, arguments.device)
         made = {"torchopt.MetaSGD": peer(setting), **{method: ours(setting, method) for method in HYPERGRADIENTS}}
         seconds = interleaved({name: step for name, (step, _) in made.items()}, rounds=arguments.rounds)
-        memory = {name: statistics.median(peak_memory(meta) for _ in range(3)) for name, (_, meta) in made.items()}
+        memory = {name: statistics.median(peak_memory(name, normalised, arguments.device) for _ in range(3)) for name in made}
         where = "CNN with BatchNorm" if normalised else "CNN"
         rows = {}
         for name in made:

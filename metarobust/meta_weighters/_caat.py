@@ -10,13 +10,13 @@ from metarobust import _checks
 from metarobust._checks import choice, finite, integer, message, require
 from metarobust.attacks._common import buffers_kept
 from metarobust.data import LabelledImages
-from metarobust.dro import processes
 from metarobust.evaluation._inputs import as_tensors, digest
 from metarobust.meta_weighters._batch_step import meta_step_on_batch
 from metarobust.meta_weighters._branches import Branches, Points, evaluation_mode, rows_independent
 from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassStatistics, training_characteristics
 from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, published_attack
 from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
+from metarobust.meta_weighters._joint import like_rank_0
 from metarobust.meta_weighters._meta_step import routed
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._optimizer_state import optimizer_state, restore_optimizer
@@ -191,6 +191,7 @@ class CAAT(nn.Module):
         self.optimizer = optimizer
         self.network_optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate, weight_decay=5e-4)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self._joined = False
         self.diagnostics: dict[str, float] = {}
         self._meta_told = {"meta_loss": float("nan"), "meta_gradient": float("nan")}
 
@@ -226,11 +227,12 @@ class CAAT(nn.Module):
 
     def forward(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return one loss per example, ``[batch]``; every ``meta_every`` calls, move the network first."""
-        if processes() > 1:
-            raise ValueError(message("CAAT", "used by one process", processes(), "write torchrun --nproc-per-node 1"))
         if self.calls.device != x.device:  # everything that is kept follows the data
             self.to(x.device)
             self.meta_data = (self.meta_data[0].to(x.device), self.meta_data[1].to(x.device))
+        if not self._joined:
+            like_rank_0([*self.parameters(), *self.buffers()])
+            self._joined = True
         meta = self.meta_every is not None and int(self.calls) % self.meta_every == 0
         self.calls += 1
         natural = self._natural(model, x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from metarobust import _checks
 from metarobust._checks import message, require
 from metarobust.losses import cross_entropy
+from metarobust.meta_weighters._joint import summed
 
 CHARACTERISTICS = ("loss", "class_loss", "gradient_norm", "margin", "negative_entropy", "class_share")
 """The names of the six columns of `training_characteristics`, in their order."""
@@ -57,10 +58,13 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, losses: Tensor, y: Tensor) -> None:
-        """Take in the losses ``[batch]`` of examples with the labels ``y [batch]``."""
-        kept = math.exp(-len(y) / self.examples)
-        self.loss_sum.mul_(kept).index_add_(0, y, losses.to(self.loss_sum.dtype))
-        self.weight_sum.mul_(kept).index_add_(0, y, torch.ones_like(losses, dtype=self.weight_sum.dtype))
+        """Take in the losses ``[batch]`` of examples with the labels ``y [batch]``, of all processes together."""
+        counts = torch.zeros_like(self.weight_sum).index_add_(0, y, torch.ones_like(losses, dtype=self.weight_sum.dtype))
+        totals = torch.zeros_like(self.loss_sum).index_add_(0, y, losses.to(self.loss_sum.dtype))
+        counts, totals = summed([counts, totals])
+        kept = math.exp(-float(counts.sum()) / self.examples)
+        self.loss_sum.mul_(kept).add_(totals)
+        self.weight_sum.mul_(kept).add_(counts)
 
     def extra_repr(self) -> str:
         return f"classes={len(self.share)}, examples={self.examples}"

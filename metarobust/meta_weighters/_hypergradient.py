@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.func import jvp
 
 from metarobust._checks import choice, finite, integer, message, require
+from metarobust.dro import processes
+from metarobust.meta_weighters._joint import joint_size, summed
 from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
 
@@ -68,6 +70,9 @@ def hypergradient(
     rate over Adam's epsilon. The exact methods lose digits by it (2 % off in float32, on a small network with such a bias);
     finite differences then mean nothing.
 
+    Under `torch.distributed` the virtual step is that of the joint batch, the meta-loss the mean over the processes, and the
+    result this process's part, exact; every process must call equally often.
+
     Args:
         branch_losses: pure function of the parameters to losses ``[batch, branches]``. Batch statistics may be part of it;
             buffers must not be written (pass copies to ``torch.func.functional_call``).
@@ -106,6 +111,8 @@ def hypergradient(
     finite("relative_step", relative_step, above=0.0)
     remedy = "write method='double_backward'"
     require(steps == 1 or method == "double_backward", "steps", f"1 for method={method!r}", steps, remedy)
+    world, size = processes(), joint_size(len(weights), weights.device)
+    require(steps == 1 or world == 1, "steps", f"1 over {world} processes", steps)
     names, keep_graph = list(parameters), method == "double_backward"
     start = tuple(p.detach().requires_grad_() for p in parameters.values())
     weights = weights.detach().requires_grad_()
@@ -121,8 +128,10 @@ def hypergradient(
         require(
             losses.shape == weights.shape, "branch_losses", f"of shape {list(weights.shape)}, as the weights", list(losses.shape)
         )
-        total = (weights * losses).sum() / len(losses)
+        total = (weights * losses).sum() / size
         gradients = torch.autograd.grad(total, point, create_graph=keep_graph, materialize_grads=True)
+        if world > 1:  # the parts of the others do not depend on the weights of this process
+            gradients = tuple(g + (whole - g.detach()) for g, whole in zip(gradients, summed(gradients), strict=True))
         if not keep_graph:
             gradients = tuple(g.detach().requires_grad_() for g in gradients)
         moves, state = update.transformation.update(cast("Any", gradients), state, params=cast("Any", point), inplace=False)
@@ -133,6 +142,8 @@ def hypergradient(
         got = f"shape {list(reached.shape)}" if reached.dim() else "a constant"
         raise ValueError(message("meta_loss", "a function to a scalar that depends on the parameters", got))
     slopes = torch.autograd.grad(reached, list(arrived.values()), materialize_grads=True)
+    if world > 1:
+        reached, *slopes = (value / world for value in summed([reached, *slopes]))
     final = Hypergradient(weights, None, reached.detach(), {name: p.detach() for name, p in arrived.items()})
     wanted = [weights] if bound is None else [weights, bound]
     if keep_graph:
@@ -143,7 +154,7 @@ def hypergradient(
     differ = _forward_mode if method == "jvp" else _difference
     with torch.no_grad():
         change = differ(branch_losses, dict(zip(names, (p.detach() for p in start), strict=True)), towards, relative_step)
-    return final._replace(weights=change / len(weights))
+    return final._replace(weights=change / size)
 
 
 def _forward_mode(branch_losses: BranchLosses, at: Parameters, towards: tuple[Tensor, ...], relative_step: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from metarobust._checks import finite, message
 from metarobust.meta_weighters._hypergradient import BranchLosses, MetaLoss
 from metarobust.meta_weighters._hypergradient import hypergradient as differentiate
+from metarobust.meta_weighters._joint import summed
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
@@ -53,6 +54,7 @@ def meta_weighted_step(
 
     Equations 9 and 10 of Zhou et al. (2023, arXiv 2304.12550); the actual step (11) is the caller's, with
     ``network(characteristics)`` of the network that this call has moved. Nothing but the network and its optimizer changes.
+    Under `torch.distributed` all processes take the same step, that of the joint batch, if their networks are the same.
 
     Args:
         network: its weights at ``characteristics`` enter the virtual step.
@@ -100,6 +102,7 @@ def meta_weighted_step(
         pairs.append((weighting.bound, found.bound.to(weighting.bound)))
     weights_of = [p for p in network.parameters() if p.requires_grad]
     gradients = torch.autograd.grad([out for out, _ in pairs], weights_of, [slope for _, slope in pairs], materialize_grads=True)
+    gradients = summed(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if not norm < float("inf"):
         raise FloatingPointError(

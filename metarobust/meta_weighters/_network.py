@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metarobust._checks import choice, finite, integer, message, require
 from metarobust._tensors import seeded
 from metarobust.meta_weighters._characteristics import CHARACTERISTICS
+from metarobust.meta_weighters._joint import joint_mean
 
 BRANCHES = ("natural", "adversary", "anti_adversary")
 """Where an example can be charged: where it is, moved against the model, or moved in its favour."""
@@ -136,15 +137,14 @@ class WeightingNetwork(nn.Module):
 
     @torch.no_grad()
     def observe(self, characteristics: Tensor) -> None:
-        """Take characteristics ``[batch, inputs]`` into the averages that standardise."""
+        """Take characteristics ``[batch, inputs]``, of all processes together, into the averages that standardise."""
         values = self._checked(characteristics).to(self.mean.dtype)
-        if len(values) == 0:
+        (mean, size), (square, _) = joint_mean(values), joint_mean(values.square())
+        if size == 0:
             return
-        weight = len(values)
-        self.seen.copy_((self.seen + weight).clamp(max=float(max(self.memory, weight))))
-        step = weight / self.seen
-        self.mean.lerp_(values.mean(0), step)
-        self.square.lerp_(values.square().mean(0), step)
+        self.seen.copy_((self.seen + size).clamp(max=float(max(self.memory, size))))
+        self.mean.lerp_(mean, size / self.seen)
+        self.square.lerp_(square, size / self.seen)
 
     def standardised(self, characteristics: Tensor) -> Tensor:
         """Characteristics ``[batch, inputs]`` less their averages, in standard deviations; 0 where there is no variation."""

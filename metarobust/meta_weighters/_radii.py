@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, require
+from metarobust.meta_weighters._joint import joint_mean
 
 
 @runtime_checkable
@@ -49,11 +50,12 @@ class GradientBound(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
 
     def observe(self, characteristics: Tensor) -> None:
-        """Take the characteristics ``[batch, 6]`` of a batch into the average."""
-        if len(characteristics) == 0:
+        """Take the characteristics ``[batch, 6]`` of a batch, of all processes together, into the average."""
+        mean, size = joint_mean(characteristics[:, 2].to(self.average.dtype))
+        if size == 0:
             return
-        self.seen.copy_((self.seen + len(characteristics)).clamp(max=float(max(self.memory, len(characteristics)))))
-        self.average.lerp_(characteristics[:, 2].to(self.average.dtype).mean(), len(characteristics) / self.seen)
+        self.seen.copy_((self.seen + size).clamp(max=float(max(self.memory, size))))
+        self.average.lerp_(mean, size / self.seen)
 
     def forward(self, characteristics: Tensor, y: Tensor) -> Tensor:
         """The factor of each example, ``[batch]``."""
