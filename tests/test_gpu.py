@@ -1,5 +1,6 @@
 """The same numbers on a GPU, up to its arithmetic; run with ``uv run pytest -m gpu``."""
 
+import contextlib
 import copy
 import dataclasses
 from typing import Any
@@ -11,16 +12,22 @@ import torch.nn.functional as F
 from metarobust.attacks import APGD, BETA, PGD, Alternating, Square
 from metarobust.bounds import adversarial_risk_bound
 from metarobust.evaluation import evaluate
-from metarobust.losses import margin
+from metarobust.losses import cross_entropy, margin
 from metarobust.meta_optimizers import LSTMOptimizer, factor_gradients, record_factors
+from metarobust.meta_weighters import CAAT, WeightingNetwork, hypergradient, virtual_update
 from metarobust.models import cnn
 from metarobust.threat_models import ThreatModel
+from metarobust.training import fit
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 THREAT_MODEL = ThreatModel(norm="linf", epsilon=0.1)
+
+
+class Stopped(Exception):
+    """The end of a run that is to be resumed."""
 
 
 def setting() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -126,3 +133,69 @@ def test_the_pairs_of_many_points_do_not_fill_a_gpu() -> None:
     torch.cuda.reset_peak_memory_stats()
     adversarial_risk_bound(x, torch.arange(20_000) % 5, ThreatModel(norm="l2", epsilon=0.9), order=2)
     assert torch.cuda.max_memory_allocated() < 0.8e9  # all distances in float32 take 1.6e9 bytes
+
+
+@pytest.mark.parametrize("method", ["jvp", "double_backward"])
+def test_hypergradients_are_those_of_the_cpu(method: str) -> None:
+    model, x, y = setting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    found = []
+    for place in ("cpu", "cuda"):
+        moved, inputs, labels = copy.deepcopy(model).to(place), x.to(place), y.to(place)
+        optimizer = torch.optim.SGD(moved.parameters(), lr=0.1, momentum=0.9)
+        named = dict(moved.named_parameters())
+
+        def losses(
+            parameters: Any, moved: Any = moved, inputs: torch.Tensor = inputs, labels: torch.Tensor = labels
+        ) -> torch.Tensor:
+            return cross_entropy(torch.func.functional_call(moved, parameters, (inputs,)), labels)[:, None]
+
+        update = virtual_update(optimizer, list(named.values()))
+        weights = torch.ones(len(y), 1, device=place)
+        step = hypergradient(losses, lambda p, losses=losses: losses(p).mean(), named, weights, update=update, method=method)
+        assert step.weights.device.type == place
+        found.append(step.weights.cpu())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_caat_follows_its_data_to_the_gpu_and_resumes_there(tmp_path: Any) -> None:
+    ends = []
+    for epochs_of_runs in ((3,), (1, 3)):
+        for stop in epochs_of_runs:
+            model, x, y = setting()
+            model = copy.deepcopy(model).cuda()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            weigher = WeightingNetwork(generator=torch.Generator().manual_seed(0))
+            classes = model(x.cuda()).shape[1]
+            objective = CAAT(
+                threat_model=THREAT_MODEL,
+                meta_data=(x, y),
+                optimizer=optimizer,
+                class_counts=y.bincount(minlength=classes),
+                network=weigher,
+                meta_every=1,
+                steps=2,
+            )
+
+            def on_epoch(record: Any, stop: int = stop) -> None:
+                if record.epoch == stop < 3:
+                    raise Stopped
+
+            path = tmp_path / f"run{len(epochs_of_runs)}"
+            with contextlib.suppress(Stopped):
+                fit(
+                    model,
+                    objective,
+                    (x, y),
+                    optimizer=optimizer,
+                    epochs=3,
+                    batch_size=8,
+                    checkpoint=path,
+                    on_epoch=on_epoch,
+                    silent=True,
+                )
+                ends.append(objective.state_dict())
+    straight, resumed = ends
+    assert straight["network.mean"].is_cuda
+    for name, value in straight.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ from metarobust.meta_weighters._signed_pgd import signed_pgd
 from metarobust.objectives._common import BallLoss, PairLoss
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model, Parameters, RobustLoss
+
+
+class Call(NamedTuple):
+    """One call of `CAAT`: the batch, its logits and characteristics, the radii of its examples if they have their own."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    natural: Tensor
+    six: Tensor
+    radii: Tensor | None
+    generator: torch.Generator | None
 
 
 @dataclass(frozen=True, kw_only=True)

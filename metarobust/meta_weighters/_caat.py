@@ -1,7 +1,7 @@
 """CAAT: every example is moved against the model or in its favour, and a network learns which from clean meta-data."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from metarobust.attacks._common import buffers_kept
 from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import as_tensors, digest
 from metarobust.meta_weighters._batch_step import meta_step_on_batch
-from metarobust.meta_weighters._branches import Branches, Points, evaluation_mode, rows_independent
+from metarobust.meta_weighters._branches import Branches, Call, Points, evaluation_mode, rows_independent
 from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassStatistics, training_characteristics
 from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, published_attack
 from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
@@ -27,18 +27,6 @@ from metarobust.threat_models import ThreatModel
 from metarobust.types import Batch, Model, RobustLoss
 
 ROUTINGS = ("hard", "soft", "random")
-
-
-class _Call(NamedTuple):
-    """One call of `CAAT`: the batch, its logits and characteristics, the radii of its examples if they have their own."""
-
-    model: Model
-    x: Tensor
-    y: Tensor
-    natural: Tensor
-    six: Tensor
-    radii: Tensor | None
-    generator: torch.Generator | None
 
 
 class CAAT(nn.Module):
@@ -202,6 +190,7 @@ class CAAT(nn.Module):
         if self.temperature is not None:
             first, last = self.temperature
             self.network.temperature = first * (last / first) ** (epoch / max(1, epochs - 1))
+        self._follow(next(model.parameters()).device)
         if isinstance(self.bound, ReMargin):
             x, y = self.meta_data
             classes, attack = len(self.statistics.share), published_attack(self.threat_model)
@@ -227,9 +216,7 @@ class CAAT(nn.Module):
 
     def forward(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return one loss per example, ``[batch]``; every ``meta_every`` calls, move the network first."""
-        if self.calls.device != x.device:  # everything that is kept follows the data
-            self.to(x.device)
-            self.meta_data = (self.meta_data[0].to(x.device), self.meta_data[1].to(x.device))
+        self._follow(x.device)
         if not self._joined:
             like_rank_0([*self.parameters(), *self.buffers()])
             self._joined = True
@@ -241,7 +228,7 @@ class CAAT(nn.Module):
         if isinstance(self.bound, GradientBound):
             self.bound.observe(six)
         radii = None if self.bound is None else self._radii(self.bound(six, y))
-        return (self._soft if self.routing == "soft" else self._routed)(_Call(model, x, y, natural, six, radii, generator), meta)
+        return (self._soft if self.routing == "soft" else self._routed)(Call(model, x, y, natural, six, radii, generator), meta)
 
     @torch.no_grad()
     def weigh(self, model: nn.Module, x: Tensor, y: Tensor) -> Weighting:
@@ -254,7 +241,7 @@ class CAAT(nn.Module):
 
     # Parts -------------------------------------------------------------------------------------------------------------
 
-    def _routed(self, call: _Call, meta: bool) -> Tensor:
+    def _routed(self, call: Call, meta: bool) -> Tensor:
         """The losses ``[batch]`` with one branch for each example."""
         self.network.observe(call.six)
         points = self._all_points(call) if meta else None
@@ -276,7 +263,7 @@ class CAAT(nn.Module):
         found = self.branches.routed_losses(call.model, call.x, call.y, branch, moved, call.natural, call.generator)
         return found * weights.sum(1) if weights.shape[1] == 1 else found
 
-    def _soft(self, call: _Call, meta: bool) -> Tensor:
+    def _soft(self, call: Call, meta: bool) -> Tensor:
         """The losses ``[batch]`` with all branches of each example, weighted."""
         if not self.reads_loss:
             self.network.observe(call.six)
@@ -295,6 +282,12 @@ class CAAT(nn.Module):
         self._tell(weighting.weights, self._network_radii(weighting, call.radii))
         return (weighting.weights.to(losses) * losses).sum(1)
 
+    def _follow(self, device: torch.device) -> None:
+        """Bring what is kept to the device of the model."""
+        if self.calls.device != device or self.meta_data[0].device != device:
+            self.to(device)
+            self.meta_data = (self.meta_data[0].to(device), self.meta_data[1].to(device))
+
     def _natural(self, model: Model, x: Tensor) -> Tensor:
         """The logits at x: with their graph if a branch is charged for them, otherwise without a trace."""
         if self.branches.reads_clean:
@@ -309,14 +302,14 @@ class CAAT(nn.Module):
     def _network_radii(self, weighting: Weighting, radii: Tensor | None) -> Tensor | None:
         return radii if weighting.bound is None else self._radii(weighting.bound.detach())
 
-    def _all_points(self, call: _Call) -> Points:
+    def _all_points(self, call: Call) -> Points:
         radii = call.radii
         if self.network.bound_range is not None:
             with torch.no_grad():
                 radii = self._network_radii(self.network(call.six), radii)
         return self.branches.all_points(call.model, call.x, call.y, call.natural, radii, call.generator)
 
-    def _meta_step(self, call: _Call, known: Tensor, points: Points) -> None:
+    def _meta_step(self, call: Call, known: Tensor, points: Points) -> None:
         """Equations 9 and 10: virtual step, meta-gradient, one step of the network."""
         if not isinstance(call.model, nn.Module):
             remedy = "pass the module, or set meta_every=None"

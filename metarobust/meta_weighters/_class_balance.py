@@ -221,6 +221,9 @@ class FRL(nn.Module):
     def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
         """Measure the held-out errors and move the multipliers; the model is left as it was."""
         del epochs
+        device = next(model.parameters()).device
+        self.to(device)
+        self.held_out = (self.held_out[0].to(device), self.held_out[1].to(device))
         x, y = self.held_out
         classes = len(self.balance.factors)
         errors = held_out_errors(model, x, y, classes=classes, attack=self.held_out_attack, generator=generator)
