@@ -4,11 +4,11 @@ Claim: moving some examples against the model and others in its favour, by weigh
 classes and more accurate than adversarial training, above all under class imbalance and label noise. Two scenarios side by side,
 on digits: a long tail (the smallest class has 1/10 of the largest), and 40 % of the labels drawn anew.
 
-For each, TRADES, logit adjustment and CAAT, with anti-adversaries that move as far as adversaries (as published) and four times as
-far. The figure shows the learned weight of the anti-adversary: for noisy examples, for hard ones (right label, wrong prediction),
-for minority classes, for the rest. AUROC says how well that weight finds the wrong labels, which nobody pointed out.
+For each, TRADES, logit adjustment and CAAT, with anti-adversaries that move as far as adversaries (as published) and four times
+as far. The figure shows the learned weight of the anti-adversary for noisy examples, hard ones (right label, wrong prediction),
+minority classes, and the rest. AUROC says how well that weight finds the wrong labels, which nobody pointed out.
 
-Command:   uv run python examples/zhou2023_caat.py [--seeds 3] [--out caat.png] [--quick]
+Command:   uv run python examples/zhou2023_caat.py [--seeds 3] [--out zhou2023_caat.png] [--quick]
 Time:      about MINUTES minutes on one core; --quick a few seconds, with smaller numbers.
 Expected:  NUMBERS
 """
@@ -35,8 +35,6 @@ METHODS = ("TRADES", "logit adjustment", "CAAT", "CAAT, anti x 4")
 
 
 class Scenario(NamedTuple):
-    """Training data with its defects known, clean meta-data, test data."""
-
     train: LabelledImages
     flipped: Tensor
     meta: LabelledImages
@@ -67,7 +65,7 @@ def scenarios(seed: int) -> dict[str, Scenario]:
 
 
 def objective(method: str, scenario: Scenario, optimizer: torch.optim.Optimizer, seed: int) -> Any:
-    """What is minimised; `CAAT` reads the optimizer, because its virtual step is the next step of that one."""
+    """What is minimised; `CAAT` reads the optimizer, whose next step is its virtual step."""
     counts = scenario.train.labels.bincount(minlength=10).tolist()
     if method == "TRADES":
         return TRADES_LOSS
@@ -130,8 +128,8 @@ def draw(found: dict[str, dict[str, Tensor]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("caat.png"))
-    parser.add_argument("--quick", action="store_true", help="one seed, three epochs: shows that it runs, not the result")
+    parser.add_argument("--out", type=Path, default=Path("zhou2023_caat.png"))
+    parser.add_argument("--quick", action="store_true", help="one seed, three epochs: shows that it runs")
     arguments = parser.parse_args()
     seeds, epochs = (1, 3) if arguments.quick else (arguments.seeds, 60)
     shown: dict[str, dict[str, Tensor]] = {}

@@ -586,6 +586,8 @@ def test_signed_moves_of_a_linear_model_are_the_ones_of_the_theory(sign: int, ep
         ({"temperature": (1.0, 0.0)}, "temperature must be a finite number > 0, got 0.0"),
         ({"anti_factor": 0.0}, "anti_factor must be a finite number > 0, got 0.0"),
         ({"robust_loss": TRADES}, "robust_loss must be a robust loss, got"),
+        ({"robust_loss": TRADES(threat_model=ThreatModel(epsilon=0.2))}, "robust_loss must be one for the threat model of the"),
+        ({"robust_loss": MART(attack=PGD(threat_model=ThreatModel(norm="l2")))}, "robust_loss must be one for the threat model"),
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 from metarobust.attacks import PGD
 from metarobust.command_line import _train_run, main
 from metarobust.command_line._train import Train
+from metarobust.command_line._train_data import divided, read_training_data
 from metarobust.command_line._train_network import chosen_network
 from metarobust.command_line._train_processes import agreed
 from metarobust.command_line._train_report import reporter
@@ -206,9 +207,10 @@ def test_the_seed_decides_parameters_and_split(shell: Shell, fits: list[Any]) ->
 @pytest.mark.parametrize(("validation", "count"), [("0.25", 75), ("1/3", 100), ("40", 40), ("1e2", 100)])
 def test_validation_is_a_stratified_part_of_the_training_data(validation: str, count: int) -> None:
     flags = Train(data="digits", epsilon="0.1", examples=300, validation=validation)
-    data = _train_run.read_training_data(flags)
+    data = read_training_data(flags)
     assert torch.equal(data.images, load("digits", train=True).images[:300])
-    train, held_out = _train_run.parts(flags, data)
+    parts = divided(flags, data)
+    train, held_out = parts.train, parts.held_out
     assert (len(train), len(held_out)) == (300 - count, count)
     share = data.labels.bincount() * count / 300
     assert (held_out.labels.bincount(minlength=10) - share).abs().max() <= 2
@@ -499,8 +501,8 @@ ARMOR_ONLY = "is read by armor-\\* objectives only, not by {0}; leave it out, or
         *(({name: value, "objective": "trades"}, f"--{name} {ARMOR_ONLY.format('trades')}".replace("_", "-", 1))
           for name, value in [("divergence", "kl"), ("order", 2), ("radius", 0), ("kappa", 0), ("natural_weight", 0),
                               ("robust_classes", "1")]),
-        ({"beta": 6}, "--beta is read by trades and armor-trades and mart and armor-mart only, not by at; leave it out"),
-        ({"mu": 1, "objective": "beta"}, "--mu is read by smoothed-beta and armor-smoothed-beta only, not by beta; leave it out"),
+        ({"beta": 6}, "--beta is read by trades, mart, .* and meta-weight-net only, with or without armor-, not by at; .*"),
+        ({"mu": 1, "objective": "beta"}, "--mu is read by smoothed-beta only, with or without armor-, not by beta; leave it out"),
         ({"hypergradient": "none", "objective": "armor-smoothed-beta", "radius": 1, "mu": 1}, "--hypergradient is read by .*"),
         ({"objective": "armor-at", "radius": 0.1, "order": 2}, "--order is read by --divergence alpha and renyi only, .*"),
         ({"objective": "armor-at", "radius": 0.1, "divergence": "alpha"}, "--order must be given for --divergence alpha, .*"),

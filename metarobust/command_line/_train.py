@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from metarobust.command_line._evaluate import _check_place, parse_number
-
-OF_ARMOR = ("divergence", "order", "radius", "kappa", "natural_weight", "robust_classes")
-"""Flags that only armor-* objectives read."""
-OF_LOSSES = {"beta": ("trades", "mart"), "mu": ("smoothed-beta",), "hypergradient": ("beta",)}
-"""Flags that only these objectives read, with and without armor- in front."""
+from metarobust.command_line._train_checks import check_numbers, check_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +24,12 @@ class Train:
     epsilon: str
     """Radius of the ball in input units, pixels in [0, 1]: 0.3, or a fraction such as 8/255."""
     objective: Literal[
-        "at", "trades", "mart", "udr", "beta", "smoothed-beta",
+        "at", "trades", "mart", "udr", "beta", "smoothed-beta", "caat", "meta-weight-net", "frl",
         "armor-at", "armor-trades", "armor-mart", "armor-udr", "armor-beta", "armor-smoothed-beta",
+        "armor-caat", "armor-meta-weight-net", "armor-frl",
     ] = "at"  # fmt: skip
-    """Adversarial training, TRADES, MART, UDR, BETA training, its smoothed form; armor- in front reweights the examples."""
+    """Adversarial training, TRADES, MART, UDR, BETA training, its smoothed form; CAAT and Meta-Weight-Net, which learn weights of
+    examples; FRL, which moves those of classes; armor- in front reweights the examples for the worst case."""
     out: Path = Path("metarobust-model.safetensors")
     """File for the best parameters, NAME.safetensors; the other files stand beside it."""
     model: str | None = None
@@ -42,7 +40,7 @@ class Train:
     steps: int = 10
     """Steps of the attack in training. Validation takes PGD with 20."""
     beta: float | None = None
-    """TRADES and MART: weight of the KL term. Default: 6."""
+    """trades, mart, frl, --base: weight of the KL term. Default: 6, but 1.5 for the trades of caat."""
     mu: float | None = None
     """smoothed-beta: sharpness of the weights of the wrong classes, in 1 / logit."""
     hypergradient: Literal["none", "unrolled", "implicit"] | None = None
@@ -59,6 +57,27 @@ class Train:
     """armor-*: share of the natural loss, from 0 to 1. Default: 0."""
     robust_classes: str | None = None
     """armor-*: only these classes are attacked and reweighted, with commas between: 1,3. Default: all."""
+    base: Literal["trades", "mart", "at"] | None = None
+    """caat, meta-weight-net: the robust loss that is weighed. Default: trades for caat, at for meta-weight-net."""
+    meta_every: int | None = None
+    """caat, meta-weight-net: steps from one meta-step to the next. Default: 10 for caat, 1 for meta-weight-net."""
+    routing: Literal["hard", "soft"] | None = None
+    """caat: one branch for each example, or all of them with weights. Default: hard."""
+    anti_factor: float | None = None
+    """caat: how many times as far anti-adversaries may move as adversaries. Default: 1."""
+    bound: Literal["fixed", "gradient", "remargin", "learned"] | None = None
+    """caat: radius of an example: epsilon, by the length of its gradient, by errors of its class, or learned. Default: fixed."""
+    meta_per_class: int | None = None
+    """Examples per class of a clean, balanced meta set, split off before --imbalance and --noise. Default for caat,
+    meta-weight-net and frl, which learn from it: 20, at most a quarter of the rarest class; others only hold it back."""
+    class_weights: Literal["none", "balanced", "logit-adjusted"] = "none"
+    """Equal shares of the loss for all classes, or logits that carry the class frequencies (not for caat and meta-weight-net)."""
+    imbalance: float | None = None
+    """Long tail: class sizes fall geometrically, the largest so many times the smallest. Of the training part only."""
+    noise: Literal["uniform", "flip1", "flip2", "pair"] | None = None
+    """Wrong labels: any class, one or two others for each class, or the next one. In the training part only."""
+    noise_rate: float | None = None
+    """How many labels are drawn anew, a share from 0 to 1; of uniform noise some of them come out right."""
     epochs: int = 20
     """Passes over the training data, besides the warm-up."""
     warm_up: int = 0
@@ -94,11 +113,7 @@ class Train:
 
     def run(self) -> None:
         """Train, print the table and write the files."""
-        least = {"epochs": 1, "batch_size": 1, "steps": 1, "examples": 1, "warm_up": 0, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{_flag(name)} must be an integer >= {bound}, got {value}")
+        check_numbers(self)
         epsilon = parse_number("--epsilon", self.epsilon)
         check_read(self)
         if self.out.suffix != ".safetensors":
@@ -116,6 +131,16 @@ class Train:
         """The part of a named data set that is read."""
         return None if self.data.endswith(".npz") else "train"
 
+    @property
+    def loss(self) -> str:
+        """The objective without armor- in front."""
+        return self.objective.removeprefix("armor-")
+
+    @property
+    def base_loss(self) -> str:
+        """The robust loss that is attacked: the objective itself, or what it weighs."""
+        return self.base or {"caat": "trades", "meta-weight-net": "at"}.get(self.loss, self.loss)
+
     def interrupted(self) -> str:
         """What to tell whoever pressed Ctrl-C."""
         from metarobust.command_line._train_files import ResultFiles
@@ -124,33 +149,6 @@ class Train:
         if not kept:
             return "interrupted before the first step was done; nothing was kept"
         return f"interrupted; the work is kept in {kept[-1]}: run the same command again to go on"
-
-
-def check_read(flags: Train) -> None:
-    """Refuse flags that were given and that nothing would read, and say what is missing."""
-    armor, loss = flags.objective.startswith("armor-"), flags.objective.removeprefix("armor-")
-    for name in OF_ARMOR:
-        if getattr(flags, name) is not None and not armor:
-            remedy = f"leave it out, or write --objective armor-{loss}"
-            raise ValueError(f"{_flag(name)} is read by armor-* objectives only, not by {flags.objective}; {remedy}")
-    for name, losses in OF_LOSSES.items():
-        if getattr(flags, name) is not None and loss not in losses:
-            readers = " and ".join(f"{loss} and armor-{loss}" for loss in losses)
-            raise ValueError(f"{_flag(name)} is read by {readers} only, not by {flags.objective}; leave it out")
-    divergence = flags.divergence or "kl"
-    if flags.order is not None and divergence == "kl":
-        raise ValueError("--order is read by --divergence alpha and renyi only, not by kl; leave it out")
-    if flags.momentum is not None and flags.optimizer != "sgd":
-        raise ValueError(f"--momentum is read by --optimizer sgd only, not by {flags.optimizer}; leave it out")
-    for name in ("root", "download"):
-        if getattr(flags, name) and (flags.data == "digits" or flags.data.endswith(".npz")):
-            raise ValueError(f"--{name} is read for data that torchvision loads, not for {flags.data}; leave it out")
-    if loss == "udr" and flags.norm != "linf":
-        raise ValueError(f"--norm must be linf for {flags.objective}, got {flags.norm}")
-    needed = {"radius": armor, "order": armor and divergence != "kl", "mu": loss == "smoothed-beta"}
-    for name, reader in (("radius", flags.objective), ("order", f"--divergence {divergence}"), ("mu", flags.objective)):
-        if needed[name] and getattr(flags, name) is None:
-            raise ValueError(f"--{name} must be given for {reader}, which has no default for it; see metarobust train --help")
 
 
 def parse_schedule(text: str) -> str | dict[float, float]:
@@ -190,7 +188,3 @@ def parse_robust_classes(text: str | None) -> tuple[int, ...] | None:
     if not parts or not all(part.isdecimal() for part in parts):
         raise ValueError(f"--robust-classes must be class numbers with commas between, got {text!r}; write --robust-classes 1,3")
     return tuple(sorted({int(part) for part in parts}))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -9,8 +9,18 @@ from torch import nn
 from metarobust._checks import finite
 from metarobust.attacks import PGD
 from metarobust.command_line._train import parse_robust_classes, parse_schedule
+from metarobust.command_line._train_weighting import Known, counts_of_all, weighed
 from metarobust.divergences import KL, Alpha, Divergence, Renyi
-from metarobust.objectives import ARMOR, MART, TRADES, UDR, AdversarialTraining, BETATraining, SmoothedBETATraining
+from metarobust.objectives import (
+    ARMOR,
+    MART,
+    TRADES,
+    UDR,
+    AdversarialTraining,
+    BETATraining,
+    LogitAdjusted,
+    SmoothedBETATraining,
+)
 from metarobust.threat_models import ThreatModel
 from metarobust.training import Schedule, cosine, piecewise
 from metarobust.types import RobustLoss
@@ -25,28 +35,41 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.01}),
 }
 
+OF_CAAT = 1.5
+"""The default beta of the TRADES that CAAT weighs, as in CAAT itself."""
 
-def build_objective(flags: "Train", threat_model: ThreatModel) -> Callable[..., Any]:
-    """The objective that the flags name, in this ball."""
-    loss = _robust_loss(flags, threat_model)
-    if not flags.objective.startswith("armor-"):
-        return loss
-    assert flags.radius is not None
-    return ARMOR(
-        robust_loss=loss,
-        divergence=_divergence(flags),
-        radius=flags.radius,
-        kappa=flags.kappa or 0.0,
-        natural_weight=flags.natural_weight or 0.0,
-        robust_classes=parse_robust_classes(flags.robust_classes),
-    )
+
+def build_objective(flags: "Train", threat_model: ThreatModel, known: Known | None = None) -> Callable[..., Any]:
+    """The objective that the flags name, in this ball.
+
+    Without ``known``, before the data are read, only the part that needs no data: that checks the settings of it.
+    """
+    loss: Any = _robust_loss(flags, threat_model)
+    if known is not None:
+        loss = weighed(flags, threat_model, loss, known)
+    if flags.objective.startswith("armor-"):
+        assert flags.radius is not None
+        loss = ARMOR(
+            robust_loss=loss,
+            divergence=_divergence(flags),
+            radius=flags.radius,
+            kappa=flags.kappa or 0.0,
+            natural_weight=flags.natural_weight or 0.0,
+            robust_classes=parse_robust_classes(flags.robust_classes),
+        )
+    if known is not None and flags.class_weights == "logit-adjusted":
+        return LogitAdjusted(robust_loss=loss, class_counts=counts_of_all(known.parts))
+    return loss
 
 
 def _robust_loss(flags: "Train", threat_model: ThreatModel) -> RobustLoss:
-    kind = flags.objective.removeprefix("armor-")
+    """Of a learned weighting, what it weighs."""
+    kind = flags.base_loss
     attack = PGD(threat_model=threat_model, steps=flags.steps)
     beta: dict[str, Any] = {} if flags.beta is None else {"beta": flags.beta}
-    if kind == "trades":
+    if kind == "trades" and flags.loss == "caat":
+        beta = {"beta": OF_CAAT} | beta
+    if kind in ("trades", "frl"):
         return TRADES(threat_model=threat_model, steps=flags.steps, **beta)
     if kind == "mart":
         return MART(attack=attack, **beta)

@@ -4,12 +4,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
 from metarobust._files import write_atomically
 from metarobust.command_line._evaluate_run import say
+from metarobust.command_line._train_weighting import told_of
 from metarobust.training import EpochRecord, TrainingResult
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def announce(job: "Job", begin: int, processes: int) -> None:
     """Before the first step: what is trained on what, and whether an interrupted run goes on."""
     flags, kept = job.flags, job.files.checkpoint(begin, job.flags.warm_up)
     ball = f"{flags.norm.replace('l', 'l_', 1)}, epsilon {job.balls[-1].epsilon:.4g}"
-    print(f"{flags.objective}, {ball}, {flags.data}: {len(job.train):,} examples to train on, {len(job.held_out):,} held out")
+    print("\n".join([f"{flags.objective}, {ball}, {flags.data}: {job.parts.sizes()}", *job.parts.scenario(flags)]))
     parameters = sum(p.numel() for p in job.model.parameters())
     where = f"{processes} processes" if processes > 1 else str(job.device)
     print(f"model {job.network.name}, {parameters:,} parameters, on {where}", flush=True)
@@ -62,7 +63,7 @@ def write_network(job: "Job") -> None:
         write_atomically(job.files.network, lambda path: path.write_text(source))
 
 
-def write(job: "Job", result: TrainingResult) -> None:
+def write(job: "Job", result: TrainingResult, learned: dict[str, Any] | None) -> None:
     """Parameters and figure, and then the record, which says that all of them are there."""
     files = job.files
     assert result.best is not None
@@ -74,22 +75,24 @@ def write(job: "Job", result: TrainingResult) -> None:
         finished=True,
         model=job.network.name,
         objective=repr(job.objectives[-1]),
-        validation={"train": len(job.train), "held_out": len(job.held_out), "attack": repr(job.attack)},
+        data=job.parts.record(),
+        weighting=learned,
+        validation={"train": len(job.parts.train), "held_out": len(job.parts.held_out), "attack": repr(job.attack)},
         best_epoch=result.best_epoch,
         history=[asdict(record) for record in result.history],
         evaluate=evaluation(job),
     )
 
 
-def print_result(job: "Job", result: TrainingResult) -> None:
-    """The table, the files, and how to go on."""
+def print_result(job: "Job", result: TrainingResult, learned: dict[str, Any] | None) -> None:
+    """The table, what the weights came to, the files, and how to go on."""
     from rich.console import Console
     from rich.table import Table
 
-    files, ball = job.files, job.balls[-1]
+    files, ball, held_out = job.files, job.balls[-1], job.parts.held_out
     assert result.best_epoch is not None
     norm = ball.norm.replace("l", "l_", 1)
-    title = f"accuracy on {len(job.held_out):,} held-out examples, PGD-{job.attack.steps}, {norm}, epsilon {ball.epsilon:.4g}"
+    title = f"accuracy on {len(held_out):,} held-out examples, PGD-{job.attack.steps}, {norm}, epsilon {ball.epsilon:.4g}"
     table = Table(title=title, title_justify="left")
     for column in ("parameters", "epoch", "clean", "robust", "file"):
         table.add_column(column, justify="right" if column in ("epoch", "clean", "robust") else "left", overflow="fold")
@@ -100,8 +103,10 @@ def print_result(job: "Job", result: TrainingResult) -> None:
         accuracies = f"{record.clean_accuracy:.3f}", f"{record.robust_accuracy:.3f}"
         table.add_row(name, str(record.epoch), *accuracies, path.name)
     Console(highlight=False).print(table)
+    if learned is not None:
+        print("\n".join(told_of(learned, soft=job.flags.routing == "soft")))
     best = result.history[result.best_epoch - 1]
-    constant = float(job.held_out.labels.bincount().max()) / len(job.held_out)
+    constant = float(held_out.labels.bincount().max()) / len(held_out)
     if best.robust_accuracy is not None and best.robust_accuracy <= constant:
         say(f"always predicting one class would be as robust ({constant:.3f}); pass a larger --warm-up, or more --epochs")
     names = [files.best, files.last, files.record, files.figure, *([] if job.network.source is None else [files.network])]

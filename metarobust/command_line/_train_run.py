@@ -3,28 +3,27 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
-from metarobust.command_line._bound_run import read_points
 from metarobust.command_line._evaluate_run import _probe, say
-from metarobust.command_line._train import parse_held_out, parse_robust_classes
+from metarobust.command_line._train_data import Parts, divided, read_training_data
 from metarobust.command_line._train_files import ResultFiles
 from metarobust.command_line._train_network import Network, chosen_network
 from metarobust.command_line._train_objectives import build_objective, build_optimizer, build_schedule, optimizer_settings
 from metarobust.command_line._train_processes import agreed, joined_processes
 from metarobust.command_line._train_report import announce, print_result, reporter, write, write_network
-from metarobust.data import LabelledImages, split
+from metarobust.command_line._train_weighting import Known, hand_over, what_was_learned
+from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import generator_for
 from metarobust.threat_models import ThreatModel
 from metarobust.training import TrainingResult, fit
 
 if TYPE_CHECKING:
-    from metarobust.command_line._bound import Bound
     from metarobust.command_line._train import Train
 
 VALIDATION_STEPS = 20
@@ -42,10 +41,10 @@ class Job:
     flags: "Train"
     balls: list[ThreatModel]
     objectives: list[Callable[..., Any]]
-    train: LabelledImages
-    held_out: LabelledImages
+    parts: Parts
     network: Network
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     device: torch.device
 
     @property
@@ -63,7 +62,8 @@ def run_training(flags: "Train", epsilon: float) -> None:
     """Train in one process, or in each of those that torchrun started; rank 0 alone prints and writes."""
     shares = [(stage + 1) / (flags.warm_up + 1) for stage in range(flags.warm_up + 1)]
     balls = [ThreatModel(norm=flags.norm, epsilon=share * epsilon) for share in shares]
-    objectives = [build_objective(flags, ball) for ball in balls]
+    for ball in balls:  # settings are checked before data is read
+        build_objective(flags, ball)
     optimizer_settings(flags)
     build_schedule(flags)
     with joined_processes(flags.device) as (device, processes):
@@ -72,12 +72,15 @@ def run_training(flags: "Train", epsilon: float) -> None:
         data = agreed(processes, lambda: read_training_data(flags) if read is None else read)
 
         def prepared() -> Job:
-            train, held_out = parts(flags, data)
+            parts = divided(flags, data)
             network = chosen_network(flags.model, data)
             model = initial_model(network, flags.seed, data, device)
+            optimizer = build_optimizer(flags, model)
+            known = Known(parts=parts, optimizer=optimizer, device=device)
+            objectives = [build_objective(flags, ball, known) for ball in balls]
             return Job(
-                flags=flags, balls=balls, objectives=objectives, train=train, held_out=held_out,
-                network=network, model=model, device=device,
+                flags=flags, balls=balls, objectives=objectives, parts=parts,
+                network=network, model=model, optimizer=optimizer, device=device,
             )  # fmt: skip
 
         job = agreed(processes, prepared)
@@ -108,29 +111,32 @@ def _train(job: Job, begin: int, *, leads: bool) -> None:
             for path in (files.record, *([] if job.network.source is None else [files.network])):
                 path.unlink(missing_ok=True)
     if leads:
-        write(job, result)
-        print_result(job, result)
+        learned = what_was_learned(job.objectives[-1], job.model, job.parts, job.device)
+        write(job, result, learned)
+        print_result(job, result, learned)
         for path in files.checkpoints(flags.warm_up):
             path.unlink()
 
 
 def _in_stages(job: Job, begin: int, *, leads: bool) -> TrainingResult:
-    """Each warm-up epoch in a ball of its own, then the training proper; parameters and optimizer go through all of them.
+    """Each warm-up epoch in a ball of its own, then the training proper; whatever learns goes through all of them.
 
     The checkpoint of a finished stage stays until the next one is finished too: a repeated command begins with the latest.
     """
     flags, files = job.flags, job.files
     common: dict[str, Any] = {"batch_size": flags.batch_size, "clip_norm": flags.clip_norm, "amp": flags.amp or False}
-    common["optimizer"] = build_optimizer(flags, job.model)
+    common["optimizer"] = job.optimizer
     for stage in range(begin, flags.warm_up + 1):
         proper: dict[str, Any] = {"epochs": 1, "seed": _seed_of_warm_up(flags.seed, stage)}
         if stage == flags.warm_up:
             proper = {"epochs": flags.epochs, "seed": flags.seed, "schedule": build_schedule(flags)}
-            proper |= {"validation": job.held_out, "validation_attack": job.attack}
+            proper |= {"validation": job.parts.held_out, "validation_attack": job.attack}
+        if stage > begin:
+            hand_over(job.objectives[stage - 1], job.objectives[stage])
         result = fit(
             job.model,
             job.objectives[stage],
-            job.train,
+            job.parts.train,
             checkpoint=files.checkpoint(stage, flags.warm_up),
             on_epoch=reporter(job, stage) if leads else None,
             **common,
@@ -139,27 +145,6 @@ def _in_stages(job: Job, begin: int, *, leads: bool) -> TrainingResult:
         if leads and stage > 0:
             files.checkpoint(stage - 1, flags.warm_up).unlink(missing_ok=True)
     return result  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def read_training_data(flags: "Train") -> LabelledImages:
-    """The training part of the named data set or the .npz file, cut to the first ``--examples``."""
-    data = read_points(cast("Bound", flags), None)  # it reads the same five flags
-    classes = parse_robust_classes(flags.robust_classes) or ()
-    missing = sorted(set(classes) - set(data.labels.tolist()))
-    if missing:
-        known = ", ".join(map(str, sorted(set(data.labels.tolist()))))
-        raise ValueError(f"--robust-classes must be among those of the data, {known}, got {', '.join(map(str, missing))}")
-    return data
-
-
-def parts(flags: "Train", data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """Examples to train on, and those that are held out to choose the best epoch."""
-    held_out = parse_held_out(flags.validation)
-    count = max(1, round(held_out * len(data))) if isinstance(held_out, float) else held_out
-    if count >= len(data):
-        raise ValueError(f"--validation must leave examples to train on, got {flags.validation} of {len(data)}")
-    train, validation = split(data, (len(data) - count, count), generator=generator_for(flags.seed, "validation split", 0))
-    return train, validation
 
 
 def initial_model(network: Network, seed: int, data: LabelledImages, device: torch.device) -> nn.Module:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metarobust._checks import require
 from metarobust._tensors import per_example, seeded
 from metarobust.attacks._common import buffers_kept
 from metarobust.losses import cross_entropy
 from metarobust.meta_weighters._hypergradient import copied_buffers
 from metarobust.meta_weighters._signed_pgd import signed_pgd
-from metarobust.objectives._common import BallLoss, PairLoss
+from metarobust.objectives._common import BallLoss, PairLoss, check_robust_loss
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model, Parameters, RobustLoss
 
@@ -59,6 +60,14 @@ class Branches:
     steps: int
     step_size: float | None
     anti_factor: float = 1.0  # of the radius of anti-adversaries
+
+    def __post_init__(self) -> None:
+        check_robust_loss(self.robust_loss)
+        attack = getattr(self.robust_loss, "attack", None)
+        theirs = getattr(self.robust_loss, "threat_model", None) or getattr(attack, "threat_model", None)
+        expected = f"one for the threat model of the weighting, {self.threat_model!r}"
+        remedy = "give both the same: the meta-loss attacks with the one, the training with the other"
+        require(theirs is None or theirs == self.threat_model, "robust_loss", expected, repr(theirs), remedy)
 
     @property
     def signed(self) -> bool:

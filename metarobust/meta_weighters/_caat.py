@@ -22,7 +22,7 @@ from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._optimizer_state import optimizer_state, restore_optimizer
 from metarobust.meta_weighters._radii import Bound, GradientBound
 from metarobust.objectives import TRADES
-from metarobust.objectives._common import PairLoss, check_robust_loss
+from metarobust.objectives._common import PairLoss
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Batch, Model, RobustLoss
 
@@ -111,10 +111,10 @@ class CAAT(nn.Module):
         robust_loss: RobustLoss | None = None,
         bound: Bound | None = None,
         routing: str = "hard",
-        meta_every: int | None = 10,
+        meta_every: int | None = 5,
         meta_batch_size: int = 128,
         meta_loss: Callable[..., Any] | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         temperature: tuple[float, float] | None = (1.0, 0.1),
         hypergradient: str = "auto",
         virtual_steps: int = 1,
@@ -141,7 +141,6 @@ class CAAT(nn.Module):
         expected = 1 if reads_loss else len(CHARACTERISTICS)
         require(len(self.network.mean) == expected, "network", f"with inputs={expected}", len(self.network.mean))
         robust_loss = TRADES(threat_model=threat_model, beta=1.5) if robust_loss is None else robust_loss
-        check_robust_loss(robust_loss)
         self.branches = Branches(
             names=self.network.branches,
             robust_loss=robust_loss,
