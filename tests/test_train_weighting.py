@@ -372,7 +372,7 @@ def test_the_summary_tells_what_caat_learned(shell: Shell, fits: list[Any]) -> N
         ("none", {}),
         ("zero", PAIR | {"noise_rate": 0.0}),
     ):
-        code, out, err = shell(**ARMOR_CAAT, **noise, out=f"{name}.safetensors")
+        code, out, err = shell(**ARMOR_CAAT, **noise, meta_every=50, out=f"{name}.safetensors")
         assert code == 0, err
         model, objective, data, _ = fits[-1]
         found = record(name)["weighting"]

@@ -99,6 +99,7 @@ class CAAT(nn.Module):
 
     bound: Bound | None
     calls: Tensor
+    meta_told: Tensor
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class CAAT(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self._joined = False
         self.diagnostics: dict[str, float] = {}
-        self._meta_told = {"meta_loss": float("nan"), "meta_gradient": float("nan")}
+        self.register_buffer("meta_told", torch.zeros(2, dtype=torch.float64))
 
     # What training.fit calls -------------------------------------------------------------------------------------------
 
@@ -332,14 +333,15 @@ class CAAT(nn.Module):
             clip_norm=self.clip_norm,
             generator=call.generator,
         )
-        self._meta_told = {"meta_loss": step.meta_loss, "meta_gradient": step.norm}
+        self.meta_told.copy_(torch.tensor([step.meta_loss, step.norm]))
 
     def _tell(self, weights: Tensor, radii: Tensor | None) -> None:
         """Keep the numbers that `training.fit` logs: the mean weight of each branch, and of the radius."""
         means = weights.mean(0).tolist()
         radius = self.threat_model.epsilon if radii is None else float(radii.mean())
-        told = {**dict(zip(self.network.branches, means, strict=True)), "radius": radius, **self._meta_told}
-        self.diagnostics = {name: value for name, value in told.items() if value == value}
+        self.diagnostics = {**dict(zip(self.network.branches, means, strict=True)), "radius": radius}
+        if self.meta_every is not None:  # of the last meta-step; the first call takes one
+            self.diagnostics |= dict(zip(("meta_loss", "meta_gradient"), self.meta_told.tolist(), strict=True))
 
     def extra_repr(self) -> str:
         names = ("routing", "meta_every", "meta_batch_size", "temperature", "hypergradient", "virtual_steps", "clip_norm")
