@@ -38,7 +38,7 @@ from metarobust.types import Batch
 
 BATCH, CLASSES, BETA = 128, 10, 1.5
 THREAT_MODEL = ThreatModel(norm="linf", epsilon=0.1)
-SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def network(normalised: bool, device: str) -> nn.Module:

@@ -1,16 +1,17 @@
 """Zhou, Yang and Wu (2023), arXiv 2304.12550: combine adversaries with anti-adversaries, and learn which example gets which.
 
 Claim: moving some examples against the model and others in its favour, by weights learned from clean meta-data, is fairer to the
-classes and more accurate than adversarial training, above all under class imbalance and label noise. Two scenarios side by side,
-on digits: a long tail (the smallest class has 1/10 of the largest), and 40 % of the labels drawn anew.
-
-For each, TRADES, logit adjustment and CAAT, with anti-adversaries that move as far as adversaries (as published) and four times
-as far. The figure shows the learned weight of the anti-adversary for noisy examples, hard ones (right label, wrong prediction),
-minority classes, and the rest. AUROC says how well that weight finds the wrong labels, which nobody pointed out.
+classes and more accurate, above all under class imbalance and label noise. Two scenarios, on digits: a long tail (the smallest
+class has 1/10 of the largest), and 40 % of the labels drawn anew. For each, TRADES, logit adjustment and CAAT, whose
+anti-adversaries move as far as adversaries (as published) or four times as far. The figure shows the weight of the anti-adversary
+for noisy examples, hard ones (right label, wrong prediction), minority classes, and the rest. AUROC says how well that weight
+finds the wrong labels, which nobody pointed out.
 
 Command:   uv run python examples/zhou2023_caat.py [--seeds 3] [--out zhou2023_caat.png] [--quick]
-Time:      about MINUTES minutes on one core; --quick a few seconds, with smaller numbers.
-Expected:  NUMBERS
+Time:      3 to 4 minutes on one core; --quick a few seconds, with smaller numbers.
+Expected:  robust accuracy (worst class) of TRADES, logit adjustment, CAAT, CAAT x 4; mean of seeds 0 to 2. Long tail: 0.720 (.197),
+           0.756 (.434), 0.720 (.220), 0.725 (.242): logit adjustment gains far more. Noise: 0.738 (.467), 0.747 (.450),
+           0.691 (.406), 0.767 (.506), AUROC 0.998 and 0.991: wrong labels are found; only the larger radius uses that.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from metarobust.training import fit, piecewise
 
 THREAT_MODEL = ThreatModel(norm="linf", epsilon=0.1)
 TRADES_LOSS = TRADES(threat_model=THREAT_MODEL, beta=6.0)
+COLOURS = {"noisy": "C3", "hard": "C1", "minority": "C2", "the rest": "C0"}
 METHODS = ("TRADES", "logit adjustment", "CAAT", "CAAT, anti x 4")
 
 
@@ -42,8 +44,6 @@ class Scenario(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Accuracies of one run; of CAAT also the weights of the anti-adversary and the groups of the figure."""
-
     clean: float
     robust: float
     worst_class: float
@@ -117,8 +117,8 @@ def draw(found: dict[str, dict[str, Tensor]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(9, 3.2), sharex=True, layout="constrained")
     for panel, (title, groups) in zip(axes, found.items(), strict=True):
         for name, weights in groups.items():
-            shares = torch.full_like(weights, 1 / len(weights)).numpy()
-            panel.hist(weights.numpy(), bins=20, range=(0, 1), weights=shares, histtype="step", label=f"{name} ({len(weights)})")
+            shares, look = torch.full_like(weights, 1 / len(weights)).numpy(), {"histtype": "step", "color": COLOURS[name]}
+            panel.hist(weights.numpy(), bins=20, range=(0, 1), weights=shares, label=f"{name} ({len(weights)})", **look)
         panel.set(title=title, xlabel="weight of the anti-adversary", ylabel="share of the group")
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=150)
