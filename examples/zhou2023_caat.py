@@ -9,7 +9,7 @@ finds the wrong labels, which nobody pointed out.
 
 Command:   uv run python examples/zhou2023_caat.py [--seeds 3] [--out zhou2023_caat.png] [--quick]
 Time:      3 to 4 minutes on one core; --quick a few seconds, with smaller numbers.
-Expected:  robust accuracy (worst class) of TRADES, logit adjustment, CAAT, CAAT x 4; mean of seeds 0 to 2. Long tail: 0.720 (.197),
+Expected:  robust accuracy (worst class), TRADES, logit adjustment, CAAT, CAAT x 4, mean of 3 seeds. Long tail: 0.720 (.197),
            0.756 (.434), 0.720 (.220), 0.725 (.242): logit adjustment gains far more. Noise: 0.738 (.467), 0.747 (.450),
            0.691 (.406), 0.767 (.506), AUROC 0.998 and 0.991: wrong labels are found; only the larger radius uses that.
 """
