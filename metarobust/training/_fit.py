@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metarobust._checks import finite, integer, message, require
 from metarobust._progress import progress_bar
 from metarobust.data import LabelledImages
+from metarobust.meta_weighters._branches import evaluation_mode
 from metarobust.training._arguments import (
     check_data,
     check_model,
@@ -144,15 +145,10 @@ def fit(
         ([1, 2, 3], True)
     """
     device = check_model(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         check_objective(objective)
         x, y = check_data("data", data, model)
         checked_validation = None if validation is None else check_data("validation", validation, model)
-    finally:
-        for module, training in modes:
-            module.training = training
     check_optimizer(optimizer, model)
     theirs = getattr(stateful_part(objective), "optimizer", optimizer)
     expected = "the one that the objective was given, whose next step it reads"
