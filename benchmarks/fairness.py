@@ -114,6 +114,7 @@ def methods(seed: int) -> dict[str, Callable[..., Any]]:
         "CAAT (gradient)": learned(seed, bound=GradientBound()),
         "CAAT (fixed bound)": learned(seed),
         "CAAT, anti-adversaries x 4": learned(seed, anti_factor=4.0),
+        "CAAT x 4, soft": learned(seed, anti_factor=4.0, routing="soft"),
         "CAAT x 4, no anti": learned(seed, branches=("natural", "adversary")),
         "CAAT x 4, random routing": learned(seed, anti_factor=4.0, routing="random"),
         "CAAT x 4 on logit adjustment": lambda found, optimizer, counts: learned(

@@ -177,7 +177,7 @@ def test_weights_are_the_softmax_and_of_one_branch_the_sigmoid() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-3])
-@pytest.mark.parametrize("favoured", [0.9, 0.4])
+@pytest.mark.parametrize("favoured", [0.75, 0.4])
 @pytest.mark.parametrize("branches", [BOTH, ALL, ("adversary",)])
 def test_a_new_network_favours_the_adversary_as_much_as_asked(branches: Any, favoured: float, temperature: float) -> None:
     for seed in range(3):
@@ -197,7 +197,7 @@ def test_a_new_network_favours_the_adversary_as_much_as_asked(branches: Any, fav
         weights = network(values).weights
         assert (weights[:, branches.index("adversary")] - favoured).abs().max() < 0.05
         assert weights.std(0).min() > 1e-4
-        if favoured == 0.9 and len(branches) > 1:
+        if favoured == 0.75 and len(branches) > 1:
             assert (weights.argmax(1) == branches.index("adversary")).all()
 
 

@@ -66,7 +66,7 @@ class CAAT(nn.Module):
         meta_every: calls from one meta-step to the next; None for no meta-step. (Published: 50.)
         meta_batch_size: meta-examples of a step.
         meta_loss: a robust loss, or an objective with a scalar ``.loss``, on the meta-data; by default the robust loss.
-        learning_rate: of Adam on the network; weight decay 5e-4. (Published: 1e-4.)
+        learning_rate: of AdamW on the network, whose weight decay is 5e-4. (Published: 1e-4, of Adam.)
         temperature: of the network, from the first epoch to the last, geometrically; None leaves it as it is.
         hypergradient: ``"jvp"``, ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the JVP, which is the faster of
             the exact ones on a CPU and needs less memory (docs/speed.md), wherever it is exact, otherwise double backward.
@@ -175,11 +175,11 @@ class CAAT(nn.Module):
         self.threat_model, self.routing, self.reads_loss = threat_model, routing, reads_loss
         self.meta_every, self.meta_batch_size, self.temperature = meta_every, meta_batch_size, temperature
         self.meta_loss: Callable[..., Any] = robust_loss if meta_loss is None else meta_loss
-        self.hypergradient, self.virtual_steps, self.clip_norm = hypergradient, virtual_steps, clip_norm
-        self.optimizer = optimizer
-        self.network_optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate, weight_decay=5e-4)
+        self.optimizer, self.hypergradient, self.virtual_steps = optimizer, hypergradient, virtual_steps
+        self.clip_norm, self._joined = clip_norm, False
+        # Decoupled decay: a meta-gradient shrinks with the model's learning rate, and would drown in a decay added to it.
+        self.network_optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate, weight_decay=5e-4)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self._joined = False
         self.diagnostics: dict[str, float] = {}
         self.register_buffer("meta_told", torch.zeros(2, dtype=torch.float64))
 

@@ -24,7 +24,7 @@ class MetaWeightNet(CAAT):
 
     Args:
         threat_model, meta_data, optimizer, class_counts, robust_loss: see `CAAT`.
-        learning_rate: of Adam on the network.
+        learning_rate: of AdamW on the network.
         settings: further settings of `CAAT`, as ``meta_every``.
 
     Example:

@@ -78,7 +78,7 @@ class WeightingNetwork(nn.Module):
         inputs: int = len(CHARACTERISTICS),
         hidden: int | Sequence[int] = 100,
         temperature: float = 1.0,
-        favoured: float = 0.9,
+        favoured: float = 0.75,
         bound_range: tuple[float, float] | None = None,
         memory: int = 10_000,
         generator: torch.Generator | None = None,
