@@ -1,5 +1,6 @@
 """Meta-training: exact meta-gradients, honest truncation, flat memory, bit-identical resume, clear failures."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +13,16 @@ from torch.func import functional_call
 
 from metarobust.attacks import PGD, count_calls
 from metarobust.data import LabelledImages
-from metarobust.meta_optimizers import ClassificationTask, LSTMOptimizer, calibrate, factor_gradients, meta_train
+from metarobust.meta_optimizers import (
+    ClassificationTask,
+    InterpretableOptimizer,
+    LSTMOptimizer,
+    calibrate,
+    factor_gradients,
+    meta_train,
+)
 from metarobust.meta_optimizers._calibration import smallest_within_noise
+from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._meta_training import MetaTrainingRun, MetaTrainingSettings
 from metarobust.models import cnn, mlp, stack
 from metarobust.threat_models import ThreatModel
@@ -202,11 +211,12 @@ RUN: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("kind", [lambda: LSTMOptimizer(hidden_size=3), InterpretableOptimizer], ids=["lstm", "interpretable"])
 @pytest.mark.parametrize("second_order", [False, True])
-def test_resume_is_bit_identical(tmp_path: Path, second_order: bool) -> None:
-    def fresh() -> LSTMOptimizer:
+def test_resume_is_bit_identical(tmp_path: Path, second_order: bool, kind: Callable[[], MetaOptimizer]) -> None:
+    def fresh() -> MetaOptimizer:
         torch.manual_seed(0)
-        return LSTMOptimizer(hidden_size=3)
+        return kind()
 
     class Killed(Exception):
         pass
@@ -233,10 +243,18 @@ def test_resume_is_bit_identical(tmp_path: Path, second_order: bool) -> None:
         meta_train(fresh(), digit_task, **arguments, checkpoint=path)
 
 
-def test_meta_training_lowers_the_meta_loss_and_records_itself() -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda: LSTMOptimizer(hidden_size=4, initial_learning_rate=1e-3),
+        lambda: InterpretableOptimizer(initial_learning_rate=1e-3),
+    ],
+    ids=["lstm", "interpretable"],
+)
+def test_meta_training_lowers_the_meta_loss_and_records_itself(kind: Callable[[], MetaOptimizer]) -> None:
     """Fifty meta-steps on one smooth task must beat the untrained rule on it, by a margin far above rounding."""
     torch.manual_seed(0)
-    optimizer = LSTMOptimizer(hidden_size=4, initial_learning_rate=1e-3).double()
+    optimizer = kind().double()
     trained = meta_train(
         optimizer, lambda generator: SmoothTask(), iterations=50, total_steps=10, unroll=5, slots=1,
         learning_rate=3e-2, second_order=True, report=lambda i, loss: None,

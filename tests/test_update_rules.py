@@ -12,7 +12,16 @@ import torchopt
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
-from metarobust.meta_optimizers import LSTMOptimizer, combine_factors, gradients_only, load, record_factors, save
+from metarobust.meta_optimizers import (
+    InterpretableOptimizer,
+    LSTMOptimizer,
+    combine_factors,
+    gradients_only,
+    load,
+    record_factors,
+    save,
+)
+from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import ROLES, tensor_roles
 from metarobust.models import mlp
 from metarobust.threat_models import ThreatModel
@@ -23,7 +32,7 @@ from metarobust.types import Streams
 class Rule:
     """One row: how to make the rule, and which of the optional properties apply to it."""
 
-    make: Callable[[], LSTMOptimizer]
+    make: Callable[[], MetaOptimizer]
     two_streams: bool
     decreases_quadratic: bool
 
@@ -43,6 +52,8 @@ RULES = {
     # Untrained, these two have no reason to descend: their whole update is the network's output.
     "no base": Rule(lambda: LSTMOptimizer(gradient_source="gradient", base="none"), False, False),
     "serban2020": Rule(LSTMOptimizer.serban2020, False, False),
+    "interpretable": Rule(InterpretableOptimizer, True, True),
+    "interpretable, one stream": Rule(lambda: InterpretableOptimizer(gradient_source="gradient"), False, True),
 }
 
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -72,7 +83,8 @@ def test_state_is_a_value(rule: Rule, generator: torch.Generator) -> None:
     first, after = transformation.update(gradients, state, params=params)
     second, again = transformation.update(gradients, state, params=params)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(after.hidden, again.hidden)
+    for a, b in zip(after.to_dict().values(), again.to_dict().values(), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
     assert int(state.step) == 0
     assert int(after.step) == 1
 

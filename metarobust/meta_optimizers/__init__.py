@@ -8,6 +8,8 @@ from metarobust.meta_optimizers._factor_gradients import (
     factor_gradients,
     record_factors,
 )
+from metarobust.meta_optimizers._interpretable import InterpretableOptimizer, InterpretableState
+from metarobust.meta_optimizers._layout import ROLES
 from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
 from metarobust.meta_optimizers._meta_training import MetaTraining, MetaTrainingSettings, meta_train
 from metarobust.meta_optimizers._storage import load, save
@@ -16,11 +18,14 @@ from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 from metarobust.meta_optimizers._transformation import combine_factors, gradients_only
 
 __all__ = [
+    "ROLES",
     "AttackTask",
     "Calibration",
     "ClassificationTask",
     "FactorGradients",
     "FactorRecorder",
+    "InterpretableOptimizer",
+    "InterpretableState",
     "LSTMOptimizer",
     "LSTMState",
     "LearnedOptimizer",

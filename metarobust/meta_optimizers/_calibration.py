@@ -11,7 +11,7 @@ from torchopt import apply_updates
 from torchopt.base import GradientTransformation
 
 from metarobust._checks import finite, integer, require
-from metarobust.meta_optimizers._lstm import LSTMOptimizer
+from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.types import Task
 
@@ -41,7 +41,7 @@ def train_optimizees(
 
 
 def calibrate(
-    meta_optimizer: LSTMOptimizer,
+    meta_optimizer: MetaOptimizer,
     tasks: Sequence[ClassificationTask],
     *,
     total_steps: int,

@@ -13,9 +13,6 @@ PREPROCESSINGS = ("full", "log_sign", "multiply")
 FAST, SLOW, SECOND = 0.9, 0.99, 0.999
 """Decay of the two first moments and of the second moments; 0.9 and 0.999 are Adam's (Kingma & Ba, 2015)."""
 
-LARGEST = 1e15
-"""Gradients are clamped to this size, so that their squares stay finite in float32."""
-
 _TINY = 1e-30  # keeps the derivative of the square root finite where a gradient has always been exactly zero
 
 

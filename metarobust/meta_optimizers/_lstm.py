@@ -13,12 +13,9 @@ from metarobust._tensors import tree_detach
 from metarobust.meta_optimizers import _features as features
 from metarobust.meta_optimizers._features import Moments
 from metarobust.meta_optimizers._layout import ROLES, Layout
+from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, GRADIENT_SOURCES, checked_streams, shift_coefficients
 
-GRADIENT_SOURCES = ("gradient", "gradient+perturbed_factors")
 BASES = ("adam", "none")
-
-COEFFICIENT_SPEED = 8.0
-"""Factor coefficients are stored divided by this: Adam moves every stored number alike, and these have further to go."""
 
 
 class LSTMState(NamedTuple):
@@ -36,6 +33,17 @@ class LSTMState(NamedTuple):
     def detach(self) -> "LSTMState":
         """The same state cut from the graph: what every truncation must call."""
         return cast("LSTMState", tree_detach(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tensors by name, those of the moments too."""
+        moments = {f"moment_{name}": value for name, value in self.moments._asdict().items()}
+        return {"hidden": self.hidden, "cell": self.cell, "step": self.step, **moments}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "LSTMState":
+        """The inverse of `to_dict`."""
+        moments = Moments(**{name: found[f"moment_{name}"] for name in Moments._fields})
+        return cls(found["hidden"], found["cell"], moments, torch.as_tensor(found["step"], dtype=torch.int64))
 
 
 class LSTMOptimizer(nn.Module):
@@ -69,6 +77,8 @@ class LSTMOptimizer(nn.Module):
         >>> model(torch.rand(5, 4)).square().mean().backward()
         >>> optimizer.step()
     """
+
+    State = LSTMState
 
     def __init__(
         self,
@@ -165,19 +175,9 @@ class LSTMOptimizer(nn.Module):
 
         return LearnedOptimizer(params, self, total_steps=total_steps, lr=lr)
 
-    @torch.no_grad()
     def shift_factor_coefficients(self, *, first: float, others: float) -> None:
         """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
-        require(
-            self.factor_coefficient is not None,
-            "gradient_source",
-            "'gradient+perturbed_factors' for a rule with factor coefficients",
-            repr(self.gradient_source),
-        )
-        assert self.factor_coefficient is not None
-        for role, name in enumerate(ROLES):
-            if name not in ("bias", "normalisation"):
-                self.factor_coefficient[role, 0] += (first if name.startswith("first") else others) / COEFFICIENT_SPEED
+        shift_coefficients(self, first=first, others=others)
 
     def initial_state(self, rows: Tensor) -> LSTMState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""
@@ -196,16 +196,8 @@ class LSTMOptimizer(nn.Module):
         total_steps: int,
     ) -> tuple[Tensor, LSTMState]:
         """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``."""
-        require(
-            (h is not None) == self.two_streams,
-            "updates",
-            f"of gradient source {self.gradient_source!r}, which this meta-optimizer was made for",
-            "one stream" if h is None else "two streams",
-            "compute both with metarobust.meta_optimizers.factor_gradients" if h is None else "pass the gradients alone",
-        )
         step = int(state.step) + 1
-        g = g.clamp(-features.LARGEST, features.LARGEST)
-        h = None if h is None else h.clamp(-features.LARGEST, features.LARGEST)
+        g, h = checked_streams(self, g, h)
         moments = features.update_moments(state.moments, g, h)
         rows = features.dynamic_rows(self.preprocessing, g, h, moments, parameters, layout, step)
         static = features.static_rows(layout, g.dtype, g.device)

@@ -16,7 +16,7 @@ from metarobust import __version__
 from metarobust._checks import finite, integer
 from metarobust._progress import progress_bar
 from metarobust._tensors import tree_detach
-from metarobust.meta_optimizers._lstm import LSTMOptimizer
+from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._resume import load_run, save_run
 from metarobust.meta_optimizers._transformation import gradients_only
 from metarobust.types import Task
@@ -66,7 +66,7 @@ class MetaTrainingSettings:
 class MetaTraining(NamedTuple):
     """The outcome of ``meta_train``: the trained module (the same object), its meta-losses, and the settings that gave it."""
 
-    meta_optimizer: LSTMOptimizer
+    meta_optimizer: MetaOptimizer
     losses: list[float]
     settings: MetaTrainingSettings
 
@@ -85,7 +85,7 @@ class Slot:
 
 
 def meta_train(
-    meta_optimizer: LSTMOptimizer,
+    meta_optimizer: MetaOptimizer,
     sample_task: SampleTask,
     *,
     iterations: int = 300,
@@ -147,8 +147,10 @@ def meta_train(
         seed=seed,
     )
     integer("checkpoint_every", checkpoint_every, least=1)
-    if not isinstance(meta_optimizer, LSTMOptimizer) or not callable(sample_task):
-        raise TypeError("meta_train must be given an LSTMOptimizer and a function from a generator to a task")
+    if not isinstance(meta_optimizer, MetaOptimizer) or not callable(sample_task):
+        raise TypeError(
+            "meta_train must be given an LSTMOptimizer or an InterpretableOptimizer and a function from a generator to a task"
+        )
     if checkpoint is not None and not Path(checkpoint).parent.is_dir():
         raise FileNotFoundError(f"no folder at {Path(checkpoint).parent} for the checkpoint; make it first")
     meta_optimizer.requires_grad_(True)  # `load` gives a frozen one
@@ -176,7 +178,7 @@ def meta_train(
 class MetaTrainingRun:
     """The state of a run between two iterations; ``advance`` is one iteration."""
 
-    def __init__(self, meta_optimizer: LSTMOptimizer, sample_task: SampleTask, settings: MetaTrainingSettings) -> None:
+    def __init__(self, meta_optimizer: MetaOptimizer, sample_task: SampleTask, settings: MetaTrainingSettings) -> None:
         self.meta_optimizer, self.sample_task, self.settings = meta_optimizer, sample_task, settings
         self.parameters = [p for p in meta_optimizer.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(self.parameters, lr=settings.learning_rate)

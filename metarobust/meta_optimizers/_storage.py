@@ -5,12 +5,12 @@ from pathlib import Path
 
 from metarobust import __version__
 from metarobust._tensor_files import read_tensors, write_tensors
-from metarobust.meta_optimizers._lstm import LSTMOptimizer
+from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer
 
 FORMAT = "metarobust meta-optimizer 1"
 
 
-def save(meta_optimizer: LSTMOptimizer, path: str | os.PathLike[str]) -> Path:
+def save(meta_optimizer: MetaOptimizer, path: str | os.PathLike[str]) -> Path:
     """Write a meta-optimizer to a safetensors file: its tensors, and a header with kind, settings, record and versions.
 
     The file is written beside its place and renamed, so a crash leaves the old one. See :func:`load`.
@@ -25,7 +25,7 @@ def save(meta_optimizer: LSTMOptimizer, path: str | os.PathLike[str]) -> Path:
     return write_tensors(path, {name: p.detach() for name, p in meta_optimizer.state_dict().items()}, header)
 
 
-def load(path: str | os.PathLike[str]) -> LSTMOptimizer:
+def load(path: str | os.PathLike[str]) -> MetaOptimizer:
     """Read a meta-optimizer that :func:`save` wrote, on the CPU, frozen (no parameter requires a gradient).
 
     Raises:
@@ -34,16 +34,19 @@ def load(path: str | os.PathLike[str]) -> LSTMOptimizer:
 
     Example:
         >>> import tempfile
+        >>> from metarobust.meta_optimizers import LSTMOptimizer
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(LSTMOptimizer(hidden_size=4), f"{folder}/optimizer.safetensors")
         ...     load(path).settings["hidden_size"]
         4
     """
     tensors, header = read_tensors(path, expected=FORMAT)
-    if header.get("kind") != LSTMOptimizer.__name__:
-        raise ValueError(f"{path} must hold an LSTMOptimizer, got kind {header.get('kind')!r}; it needs another version")
+    kind = KINDS.get(str(header.get("kind")))
+    if kind is None:
+        expected = " or an ".join(KINDS)
+        raise ValueError(f"{path} must hold an {expected}, got kind {header.get('kind')!r}; it needs another version")
     try:
-        meta_optimizer = LSTMOptimizer(**header["settings"])
+        meta_optimizer = kind(**header["settings"])
         meta_optimizer.load_state_dict(tensors)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]

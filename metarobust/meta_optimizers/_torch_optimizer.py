@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metarobust._checks import finite, integer, message
 from metarobust.meta_optimizers._factor_gradients import belongs_to_gradient
+from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
-from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
 from metarobust.threat_models import ThreatModel
 
 
@@ -42,7 +42,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ...     _ = optimizer.step()
     """
 
-    def __init__(self, params: Iterable[Any], meta_optimizer: LSTMOptimizer, *, total_steps: int, lr: float = 1.0) -> None:
+    def __init__(self, params: Iterable[Any], meta_optimizer: MetaOptimizer, *, total_steps: int, lr: float = 1.0) -> None:
         integer("total_steps", total_steps, least=1)
         finite("lr", lr, least=0.0)
         self.meta_optimizer, self._warned = meta_optimizer, False
@@ -80,10 +80,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # The state of a group sits under its first parameter, where `state_dict` of torch.optim looks for it.
         holder = self.state[params[0]]
         if not holder:
-            holder.update(_to_dict(self.meta_optimizer.initial_state(rows)))
-        state = _from_dict(holder)
+            holder.update(self.meta_optimizer.initial_state(rows).to_dict())
+        state: Any = self.meta_optimizer.State.from_dict(holder)
         updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=group["total_steps"])
-        holder.update(_to_dict(state))
+        holder.update(state.to_dict())
         for p, update in zip(params, layout.unpack(updates), strict=True):
             p.add_(update.to(p.dtype), alpha=group["lr"])
 
@@ -114,15 +114,3 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
         return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}
-
-
-def _to_dict(state: LSTMState) -> dict[str, Any]:
-    moments = {f"moment_{name}": value for name, value in state.moments._asdict().items()}
-    return {"hidden": state.hidden, "cell": state.cell, "step": state.step, **moments}
-
-
-def _from_dict(holder: dict[str, Any]) -> LSTMState:
-    from metarobust.meta_optimizers._features import Moments
-
-    moments = Moments(**{name: holder[f"moment_{name}"] for name in Moments._fields})
-    return LSTMState(holder["hidden"], holder["cell"], moments, torch.as_tensor(holder["step"], dtype=torch.int64))

@@ -8,8 +8,8 @@ from torchopt import pytree
 from torchopt.base import EmptyState, GradientTransformation
 
 from metarobust._checks import message
+from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import ROLES, layout_of, tensor_roles
-from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
 from metarobust.types import Streams
 
 
@@ -18,18 +18,18 @@ def _leaves(tree: Any) -> tuple[list[Tensor], Any]:
     return cast("list[Tensor]", leaves), structure
 
 
-def transformation(optimizer: LSTMOptimizer, *, total_steps: int, stacked: bool) -> GradientTransformation:
+def transformation(optimizer: MetaOptimizer, *, total_steps: int, stacked: bool) -> GradientTransformation:
     """See :meth:`LSTMOptimizer.as_gradient_transformation`."""
 
     def layout_for(params: Any) -> tuple[list[Tensor], Any, Any]:
         leaves, structure = _leaves(params)
         return leaves, structure, layout_of(tuple(p.shape for p in leaves), stacked)
 
-    def init(params: Any) -> LSTMState:
+    def init(params: Any) -> Any:
         leaves, _, layout = layout_for(params)
         return optimizer.initial_state(layout.pack(leaves))
 
-    def update(updates: Any, state: LSTMState, *, params: Any = None, inplace: bool = True) -> tuple[Any, LSTMState]:
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         del inplace  # a graph is kept, so nothing may be overwritten
         if params is None:
             raise ValueError(message("params", "the current parameters", "None", "write update(..., params=params)"))

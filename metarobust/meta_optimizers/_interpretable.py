@@ -1,0 +1,193 @@
+"""A learned update rule that can be read: a few named terms, with coefficients by tensor role and relative time."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torchopt.base import GradientTransformation
+
+from metarobust._checks import choice, finite, integer
+from metarobust._tensors import tree_detach
+from metarobust.meta_optimizers._features import FAST, SECOND, root, time_basis
+from metarobust.meta_optimizers._layout import ROLES, Layout
+from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, GRADIENT_SOURCES, checked_streams, shift_coefficients
+
+TERMS = ("adam", "momentum", "l2", "l1")
+INITIAL = {"momentum": 1e-3, "l2": 1e-6, "l1": 1e-6}
+"""Coefficients before meta-training: next to nothing beside the Adam term."""
+LOG_SPEED = 4.0
+"""Logarithms of coefficients are stored divided by this: within some hundred steps of 0.005 they may cross several decades."""
+TYPICAL_FAN_IN = 64.0
+SHRINK_SCALE = 10.0
+"""The L1 term acts in full on weights beyond 1/10 of the size at which a layer is initialised, and fades out below."""
+
+
+class InterpretableState(NamedTuple):
+    """Everything an `InterpretableOptimizer` remembers: running means ``[copies, coordinates]`` of the combined stream and of its
+    square, and the count of updates, a scalar int64 tensor on the CPU."""
+
+    momentum: Tensor
+    square: Tensor
+    step: Tensor
+
+    def detach(self) -> "InterpretableState":
+        """The same state cut from the graph: what every truncation must call."""
+        return cast("InterpretableState", tree_detach(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tensors by name."""
+        return self._asdict()
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "InterpretableState":
+        """The inverse of `to_dict`."""
+        return cls(found["momentum"], found["square"], torch.as_tensor(found["step"], dtype=torch.int64))
+
+
+class InterpretableOptimizer(nn.Module):
+    r"""A learned update rule of four terms on the combined stream :math:`u = g + c_r(\tau)\, h`,
+
+    .. math:: \Delta\theta = -\alpha_r(\tau) \frac{\hat m}{\sqrt{\hat v}} - \beta_r(\tau)\, \hat m - \lambda_r(\tau)\, \theta
+              - \mu_r(\tau) \tanh\left(10 \sqrt{n}\, \theta\right),
+
+    with Adam's bias-corrected running means :math:`\hat m` of u and :math:`\hat v` of its square, and the fan-in n of the tensor:
+    Adam, momentum SGD, weight decay, and an L1 penalty that fades out near zero. The coefficients of a term are
+    :math:`\exp(a_r + b_r P_1(\tau) + f \log(n / 64))` with relative time :math:`\tau = t/T`, one :math:`a_r, b_r` per tensor
+    role r and one f per term; those of h are :math:`c_r(\tau)`, of degree 2 in :math:`\tau`, and may be negative. That is 92
+    numbers; what they come to is returned by `coefficients` and printed by `table`. A fresh optimizer is Adam with
+    ``initial_learning_rate`` on the ordinary gradient, up to small terms (`INITIAL`).
+
+    Args:
+        gradient_source: ``"gradient+perturbed_factors"`` reads two streams (:class:`metarobust.types.Streams`),
+            ``"gradient"`` one, without c. Stored in the checkpoint and checked on use.
+        initial_learning_rate: :math:`\alpha` before meta-training, for a fan-in of 64.
+
+    Example:
+        >>> from metarobust.models import mlp
+        >>> model = mlp([4, 3, 2])
+        >>> rule = InterpretableOptimizer(gradient_source="gradient")
+        >>> optimizer = rule.torch_optimizer(model.parameters(), total_steps=10)
+        >>> model(torch.rand(5, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> round(rule.coefficients(role="first dense", fan_in=64, time=0.5)["adam"], 6)
+        0.003
+    """
+
+    State = InterpretableState
+
+    def __init__(self, *, gradient_source: str = "gradient+perturbed_factors", initial_learning_rate: float = 3e-3) -> None:
+        super().__init__()
+        choice("gradient_source", gradient_source, GRADIENT_SOURCES)
+        finite("initial_learning_rate", initial_learning_rate, above=0.0)
+        self.settings: dict[str, Any] = {
+            "gradient_source": gradient_source,
+            "initial_learning_rate": initial_learning_rate,
+        }
+        self.record: dict[str, Any] = {}
+        """How this optimizer was trained: written by ``meta_train``, kept in the checkpoint."""
+        self.gradient_source = gradient_source
+        self.two_streams = gradient_source == "gradient+perturbed_factors"
+        initial = {"adam": initial_learning_rate, **INITIAL}
+        self.register_buffer("initial", torch.tensor([initial[term] for term in TERMS], dtype=torch.float64).log())
+        self.log_coefficient = nn.Parameter(torch.zeros(len(TERMS), len(ROLES), 2))
+        self.fan_in_power = nn.Parameter(torch.zeros(len(TERMS)))
+        self.factor_coefficient = nn.Parameter(torch.zeros(len(ROLES), 3)) if self.two_streams else None
+
+    initial: Tensor
+
+    def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
+        """This rule as a TorchOpt ``GradientTransformation``; see `LSTMOptimizer.as_gradient_transformation`."""
+        integer("total_steps", total_steps, least=1)
+        from metarobust.meta_optimizers._transformation import transformation
+
+        return transformation(self, total_steps=total_steps, stacked=stacked)
+
+    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> torch.optim.Optimizer:
+        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
+        from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
+
+        return LearnedOptimizer(params, self, total_steps=total_steps, lr=lr)
+
+    def shift_factor_coefficients(self, *, first: float, others: float) -> None:
+        """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
+        shift_coefficients(self, first=first, others=others)
+
+    def initial_state(self, rows: Tensor) -> InterpretableState:
+        """The state before the first step, for parameters ``rows [copies, coordinates]``."""
+        zero = torch.zeros_like(rows)
+        return InterpretableState(zero, zero, torch.zeros((), dtype=torch.int64))
+
+    def step(
+        self,
+        g: Tensor,
+        h: Tensor | None,
+        state: InterpretableState,
+        parameters: Tensor,
+        layout: Layout,
+        *,
+        total_steps: int,
+    ) -> tuple[Tensor, InterpretableState]:
+        """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``."""
+        step = int(state.step) + 1
+        g, h = checked_streams(self, g, h)
+        terms, factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))
+        u = g if h is None or factors is None else g + layout.spread(factors).to(g.dtype) * h
+        momentum = torch.lerp(state.momentum, u, 1 - FAST)
+        square = torch.lerp(state.square, u * u, 1 - SECOND)
+        mean = momentum / (1 - FAST**step)
+        adam = mean / (root(square / (1 - SECOND**step)) + 1e-8)
+        pieces = []
+        for number, (direction, slow, weight) in enumerate(
+            zip(*(rows.split(layout.sizes, dim=1) for rows in (adam, mean, parameters)), strict=True)
+        ):
+            rate, drift, decay, shrink = terms[:, number].to(g.dtype)
+            reach = SHRINK_SCALE * layout.roles[number].fan_in ** 0.5
+            pieces.append(-(rate * direction + drift * slow + decay * weight + shrink * (reach * weight).tanh()))
+        return torch.cat(pieces, dim=1), InterpretableState(momentum, square, state.step + 1)
+
+    @torch.no_grad()
+    def coefficients(self, *, role: str, fan_in: int, time: float) -> dict[str, float]:
+        """The coefficients of a tensor: ``"adam"``, ``"momentum"``, ``"l2"``, ``"l1"`` and, with two streams, ``"factor"``.
+
+        Args:
+            role: one of ``metarobust.meta_optimizers.ROLES``, as ``"inner convolution"``.
+            fan_in: inputs of one output of the layer.
+            time: relative time in [0, 1].
+        """
+        choice("role", role, ROLES)
+        integer("fan_in", fan_in, least=1)
+        finite("time", time, least=0.0)
+        basis = time_basis(1 + round(1_000_000 * min(1.0, time)), 1_000_001, self.log_coefficient.detach())
+        place = ROLES.index(role)
+        found = self._terms(basis)[:, place] + self._fan_in(torch.tensor([float(fan_in)]))[:, 0]
+        told: dict[str, float] = dict(zip(TERMS, found.exp().tolist(), strict=True))
+        if self.factor_coefficient is not None:
+            told["factor"] = (COEFFICIENT_SPEED * (self.factor_coefficient[place] @ basis)).item()
+        return told
+
+    def table(self, *, fan_in: int = 64) -> str:
+        """The coefficients of every role at the beginning, the middle and the end, as a table in Markdown."""
+        names = [*TERMS, *(["factor"] if self.two_streams else [])]
+        lines = ["| role | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+        for role in ROLES:
+            found = [self.coefficients(role=role, fan_in=fan_in, time=time) for time in (0.0, 0.5, 1.0)]
+            lines.append(f"| {role} | " + " | ".join(", ".join(f"{at[name]:.2g}" for at in found) for name in names) + " |")
+        return "\n".join(lines)
+
+    def _terms(self, basis: Tensor) -> Tensor:
+        """Logarithms of the coefficients for a typical fan-in, ``[terms, roles]``."""
+        return self.initial.to(basis.dtype)[:, None] + LOG_SPEED * (self.log_coefficient @ basis[:2])
+
+    def _fan_in(self, fan_in: Tensor) -> Tensor:
+        """What a fan-in ``[tensors]`` adds to the logarithms, ``[terms, tensors]``."""
+        return self.fan_in_power[:, None] * (fan_in.to(self.fan_in_power) / TYPICAL_FAN_IN).log()
+
+    def _by_tensor(self, layout: Layout, basis: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coefficients ``[terms, tensors]`` and those of the second stream ``[tensors]``."""
+        roles = torch.tensor([role.role for role in layout.roles], device=basis.device)
+        fan_in = torch.tensor([float(role.fan_in) for role in layout.roles], device=basis.device)
+        terms = (self._terms(basis)[:, roles] + self._fan_in(fan_in)).exp()
+        if self.factor_coefficient is None:
+            return terms, None
+        return terms, COEFFICIENT_SPEED * (self.factor_coefficient @ basis)[roles]
