@@ -86,6 +86,7 @@ def learned(seed: int, **changes: Any) -> Callable[..., CAAT]:
         weigher = WeightingNetwork(branches=branches, generator=torch.Generator().manual_seed(seed))
         trades = TRADES(threat_model=found.ball, beta=BETA)
         defaults: dict[str, Any] = {"robust_loss": trades, "meta_every": 2, "learning_rate": 3e-3, "anti_factor": 1.0}
+        defaults |= {"routing": "hard", "temperature": (1.0, 0.1)}
         return CAAT(
             threat_model=found.ball,
             meta_data=found.meta,
@@ -238,6 +239,7 @@ CANDIDATES: dict[str, dict[str, Any] | None] = {
     "x 4, learning rate 0.001": {"anti_factor": 4.0, "learning_rate": 1e-3},
     "x 4, a meta-step in every call": {"anti_factor": 4.0, "meta_every": 1},
     "x 4, temperature 1": {"anti_factor": 4.0, "temperature": None},
+    "x 4, soft, temperature 1": {"anti_factor": 4.0, "routing": "soft", "temperature": None},
     "x 4, gradient-based bound": {"anti_factor": 4.0, "bound": GradientBound},
     "x 4, ReMargin": {"anti_factor": 4.0, "bound": partial(ReMargin, classes=CLASSES)},
 }

@@ -234,6 +234,7 @@ def routed(device: str, rounds: int) -> dict[str, Any]:
                 class_counts=[100] * CLASSES,
                 network=weigher,
                 robust_loss=trades,
+                routing="hard",
                 meta_every=meta_every,
                 learning_rate=1e-6,
             )

@@ -63,6 +63,8 @@ def caat(model: nn.Module, **changes: Any) -> CAAT:
         "class_counts": [10, 20, 30],
         "network": WeightingNetwork(generator=generator(5)),
         "steps": 3,
+        "routing": "hard",
+        "anti_factor": 1.0,
     }
     return CAAT(**{**defaults, **changes})
 
@@ -337,7 +339,8 @@ def test_fit_resumes_a_learned_objective_bit_by_bit(tmp_path: Any) -> None:
         model = network_of()
         optimizer = sgd(model, momentum=0.9)
         bound = ReMargin(classes=CLASSES, tolerance=0.0)
-        return model, caat(model, optimizer=optimizer, meta_every=2, learning_rate=0.01, bound=bound)
+        temperature = (1.0, 0.1)
+        return model, caat(model, optimizer=optimizer, meta_every=2, learning_rate=0.01, bound=bound, temperature=temperature)
 
     data, ends = batch(1, 30), []
 

@@ -60,11 +60,11 @@ class Train:
     base: Literal["trades", "mart", "at"] | None = None
     """caat, meta-weight-net: the robust loss that is weighed. Default: trades for caat, at for meta-weight-net."""
     meta_every: int | None = None
-    """caat, meta-weight-net: steps from one meta-step to the next. Default: 10 for caat, 1 for meta-weight-net."""
+    """caat, meta-weight-net: steps from one meta-step to the next. Default: 5 for caat, 1 for meta-weight-net."""
     routing: Literal["hard", "soft"] | None = None
-    """caat: one branch for each example, or all of them with weights. Default: hard."""
+    """caat: one branch for each example, or all of them with weights, at twice the cost of the attack. Default: soft."""
     anti_factor: float | None = None
-    """caat: how many times as far anti-adversaries may move as adversaries. Default: 1."""
+    """caat: how many times as far anti-adversaries may move as adversaries. Default: 4."""
     bound: Literal["fixed", "gradient", "remargin", "learned"] | None = None
     """caat: radius of an example: epsilon, by the length of its gradient, by errors of its class, or learned. Default: fixed."""
     meta_per_class: int | None = None

@@ -104,7 +104,7 @@ def print_result(job: "Job", result: TrainingResult, learned: dict[str, Any] | N
         table.add_row(name, str(record.epoch), *accuracies, path.name)
     Console(highlight=False).print(table)
     if learned is not None:
-        print("\n".join(told_of(learned, soft=job.flags.routing == "soft")))
+        print("\n".join(told_of(learned)))
     best = result.history[result.best_epoch - 1]
     constant = float(held_out.labels.bincount().max()) / len(held_out)
     if best.robust_accuracy is not None and best.robust_accuracy <= constant:

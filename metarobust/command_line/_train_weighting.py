@@ -117,13 +117,13 @@ def what_was_learned(objective: Any, model: nn.Module, parts: Parts, device: tor
 
         auroc = float(roc_auc_score(wrong.numpy(), weights[:, names.index("anti_adversary")].numpy()))
     meta_steps = 0 if caat.meta_every is None else -(-int(caat.calls) // caat.meta_every)
-    return {"meta_steps": meta_steps, "shares": shares, "auroc": auroc}
+    return {"routing": caat.routing, "meta_steps": meta_steps, "shares": shares, "auroc": auroc}
 
 
-def told_of(learned: dict[str, Any], soft: bool) -> list[str]:
+def told_of(learned: dict[str, Any]) -> list[str]:
     """The same in words."""
     shares = ", ".join(f"{name.replace('_', '-')} {share:.1%}" for name, share in learned["shares"].items())
-    what, count = "mean weights" if soft else "branches", learned["meta_steps"]
+    what, count = "mean weights" if learned["routing"] == "soft" else "branches", learned["meta_steps"]
     lines = [f"{what} of the examples to train on, after {count:,} meta-step{'s' if count != 1 else ''}: {shares}"]
     if learned["auroc"] is not None:
         lines.append(f"weight of the anti-adversary as a sign of a wrong label: AUROC {learned['auroc']:.3f}")

@@ -43,9 +43,9 @@ class CAAT(nn.Module):
     characteristics are constants in both the virtual and the actual step. Attacks, virtual steps and the meta-loss leave the
     model's mode and buffers as they are.
 
-    With ``routing="hard"`` an example gets one branch whole, is attacked towards that side alone, and costs what an adversarial
-    example costs. With ``"soft"`` all branches are found for all. ``"random"`` is a control: as many examples as the network
-    would send to each branch, chosen at random.
+    With ``routing="soft"`` all branches are found for all examples, and weighted. With ``"hard"`` an example gets one branch whole,
+    is attacked towards that side alone, and costs what an adversarial example costs; it takes many meta-steps until any example
+    changes sides. ``"random"`` is a control: as many as the network would send to each branch, chosen at random.
 
     With adversaries only and no meta-step the losses are those of the robust loss, for `TRADES` to the last bit.
 
@@ -67,13 +67,13 @@ class CAAT(nn.Module):
         meta_batch_size: meta-examples of a step.
         meta_loss: a robust loss, or an objective with a scalar ``.loss``, on the meta-data; by default the robust loss.
         learning_rate: of AdamW on the network, whose weight decay is 5e-4. (Published: 1e-4, of Adam.)
-        temperature: of the network, from the first epoch to the last, geometrically; None leaves it as it is.
+        temperature: of the network, from the first epoch to the last, geometrically, as (1.0, 0.1); None leaves it as it is.
         hypergradient: ``"jvp"``, ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the JVP, which is the faster of
             the exact ones on a CPU and needs less memory (docs/speed.md), wherever it is exact, otherwise double backward.
         virtual_steps: more than 1 with ``"double_backward"`` only.
         steps: of the attack.
         step_size: of the attack, input units; by default ``2.5 * epsilon / steps``.
-        anti_factor: how many times as far anti-adversaries may move as adversaries. (Published: one radius for both.)
+        anti_factor: how many times as far anti-adversaries may move as adversaries. (Published: 1. See docs/papers/caat.md.)
         clip_norm: largest norm of the network's gradient.
         reads_loss: the network has one input, the loss of each example's adversary, as in `MetaWeightNet`; ``"soft"`` only.
 
@@ -111,17 +111,17 @@ class CAAT(nn.Module):
         network: WeightingNetwork | None = None,
         robust_loss: RobustLoss | None = None,
         bound: Bound | None = None,
-        routing: str = "hard",
+        routing: str = "soft",
         meta_every: int | None = 5,
         meta_batch_size: int = 128,
         meta_loss: Callable[..., Any] | None = None,
         learning_rate: float = 3e-3,
-        temperature: tuple[float, float] | None = (1.0, 0.1),
+        temperature: tuple[float, float] | None = None,
         hypergradient: str = "auto",
         virtual_steps: int = 1,
         steps: int = 10,
         step_size: float | None = None,
-        anti_factor: float = 1.0,
+        anti_factor: float = 4.0,
         clip_norm: float | None = None,
         reads_loss: bool = False,
     ) -> None:
