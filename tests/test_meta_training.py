@@ -1,5 +1,6 @@
 """Meta-training: exact meta-gradients, honest truncation, flat memory, bit-identical resume, clear failures."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metarobust._tensors import tree_detach
 from metarobust.attacks import PGD, count_calls
 from metarobust.data import LabelledImages
 from metarobust.meta_optimizers import (
@@ -22,6 +24,7 @@ from metarobust.meta_optimizers import (
     meta_train,
 )
 from metarobust.meta_optimizers._calibration import smallest_within_noise
+from metarobust.meta_optimizers._estimators import Slot, persistent_evolution, unroll
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._meta_training import MetaTrainingRun, MetaTrainingSettings
 from metarobust.models import cnn, mlp, stack
@@ -77,9 +80,16 @@ class SmoothTask:
 def settings(**changes: Any) -> MetaTrainingSettings:
     values: dict[str, Any] = {
         "iterations": 10, "total_steps": 10, "unroll": 5, "slots": 1, "learning_rate": 1e-2, "gradient_clip": 1.0,
-        "loss_cap": 10.0, "late_weight": 1.0, "meta_loss_every": 1, "second_order": True, "seed": 0,
+        "loss_cap": 10.0, "late_weight": 1.0, "meta_loss_every": 1, "seed": 0,
     }  # fmt: skip
     return MetaTrainingSettings(**(values | changes))
+
+
+def unrolled_loss(run: MetaTrainingRun, slot: Slot) -> Tensor:
+    """Advance the slot by one unroll, graph kept."""
+    window = unroll(slot, run.rule_for(slot.total_steps), run.settings, (slot.parameters, slot.state))
+    slot.parameters, slot.state, slot.age = window.parameters, window.state, slot.age + run.settings.unroll
+    return window.loss
 
 
 def smooth_optimizer() -> LSTMOptimizer:
@@ -93,7 +103,7 @@ def smooth_optimizer() -> LSTMOptimizer:
 
 def unrolled(optimizer: LSTMOptimizer, steps: int, *, every: int = 1) -> Tensor:
     run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=steps, meta_loss_every=every))
-    return run.unrolled_loss(run.slots[0])
+    return unrolled_loss(run, run.slots[0])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -122,10 +132,10 @@ def test_first_order_drops_exactly_the_path_through_the_optimizee_gradients() ->
     """One step: both agree, because the first gradient depends on no meta-parameter. Two steps: they differ."""
     for steps, equal in ((1, True), (2, False)):
         found = []
-        for second_order in (True, False):
+        for estimator in ("second_order", "first_order"):
             optimizer = smooth_optimizer()
-            run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=steps, second_order=second_order))
-            found.append(torch.autograd.grad(run.unrolled_loss(run.slots[0]), optimizer.readout)[0])
+            run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=steps, estimator=estimator))
+            found.append(torch.autograd.grad(unrolled_loss(run, run.slots[0]), optimizer.readout)[0])
         assert torch.allclose(*found, rtol=1e-10, atol=1e-12) is equal
 
 
@@ -134,24 +144,24 @@ def test_truncation_equals_full_when_the_windows_match() -> None:
     optimizer = smooth_optimizer()
     run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=3, total_steps=7))
     slot = run.slots[0]
-    first = run.unrolled_loss(slot).item()
+    first = unrolled_loss(run, slot).item()
     slot.parameters, slot.state = tuple(p.detach() for p in slot.parameters), slot.state.detach()
     run.settings = settings(unroll=4, total_steps=7)
-    second = run.unrolled_loss(slot)
+    second = unrolled_loss(run, slot)
     full = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=7, total_steps=7))
-    whole = full.unrolled_loss(full.slots[0])
+    whole = unrolled_loss(full, full.slots[0])
     weights = [0.3 + t / 7 for t in range(1, 8)]
     joined = (first * sum(weights[:3]) + second.item() * sum(weights[3:])) / sum(weights)
     assert joined == pytest.approx(whole.item(), rel=1e-12)
     # The window's gradient by hand: the same four steps from the same detached values.
     again = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), settings(unroll=3, total_steps=7))
-    again.unrolled_loss(again.slots[0])
+    unrolled_loss(again, again.slots[0])
     start = tuple(p.detach().requires_grad_() for p in again.slots[0].parameters)
     state, total, task = again.slots[0].state.detach(), torch.zeros(()), SmoothTask()
     parameters = start
     for t in range(4, 8):
         _, streams = task.streams(parameters, generator=again.generator, create_graph=True)
-        updates, state = again.rule.update(cast("Any", streams), state, params=cast("Any", parameters))
+        updates, state = again.rule_for(7).update(cast("Any", streams), state, params=cast("Any", parameters))
         parameters = tuple(p + u for p, u in zip(parameters, cast("Any", updates), strict=True))
         total = total + (0.3 + t / 7) * task.meta_loss(parameters, generator=again.generator).mean() / sum(weights[3:])
     for p in optimizer.parameters():
@@ -201,6 +211,80 @@ def digit_task(generator: torch.Generator) -> ClassificationTask:
     )
 
 
+def test_persistent_evolution_credits_the_noise_of_earlier_unrolls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averaged over all signs of two moves, the estimate of the second unroll is its whole derivative, both paths included."""
+    from metarobust.meta_optimizers import _estimators
+
+    torch.manual_seed(0)
+    rule = InterpretableOptimizer(initial_learning_rate=0.05).double().requires_grad_(False)
+    rule.fan_in_power.requires_grad_()
+
+    def run_with(**changes: Any) -> MetaTrainingRun:
+        return MetaTrainingRun(rule, lambda generator: SmoothTask(), settings(unroll=2, total_steps=4, **changes))
+
+    exact = run_with()
+    unrolled_loss(exact, exact.slots[0])
+    loss = unrolled_loss(exact, exact.slots[0])
+    wanted = float(torch.autograd.grad(loss, rule.fan_in_power)[0].sum())
+    cut = run_with()
+    unrolled_loss(cut, cut.slots[0])
+    cut.slots[0].parameters, cut.slots[0].state = tree_detach(cut.slots[0].parameters), tree_detach(cut.slots[0].state)
+    window = float(torch.autograd.grad(unrolled_loss(cut, cut.slots[0]), rule.fan_in_power)[0].sum())
+    found, before = [], rule.fan_in_power.detach().clone()
+    for signs in itertools.product((1.0, -1.0), repeat=2):
+        moves = iter(signs)
+        run = run_with(estimator="pes", noise=1e-4)
+
+        def prescribed(shape: torch.Size, moves: Any = moves, **how: Any) -> Tensor:
+            return torch.full(shape, next(moves), dtype=how["dtype"])
+
+        monkeypatch.setattr(_estimators.torch, "randn", prescribed)
+        for _ in range(2):
+            middle, gradients = persistent_evolution(run.slots[0], run.rule_for(4), run.settings, run.parameters, run.generator)
+        monkeypatch.undo()
+        assert middle == pytest.approx(loss.item(), abs=1e-6)
+        found.append(float(gradients[0].sum()) / len(gradients[0]))
+    assert torch.equal(rule.fan_in_power, before)
+    assert sum(found) / len(found) == pytest.approx(wanted, rel=1e-5)
+    assert abs(window - wanted) > 0.2 * abs(wanted), "the window alone must miss something, or the check is empty"
+
+
+def test_both_copies_of_persistent_evolution_meet_the_same_randomness() -> None:
+    class Noisy(SmoothTask):
+        def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+            return super().meta_loss(parameters, generator=generator) + torch.rand(2, generator=generator, dtype=torch.float64)
+
+    found = []
+    for task in (SmoothTask, Noisy):
+        torch.manual_seed(0)
+        rule = InterpretableOptimizer(initial_learning_rate=0.05).double()
+        run = MetaTrainingRun(rule, lambda generator, task=task: task(), settings(estimator="pes", noise=1e-4))
+        arguments = run.slots[0], run.rule_for(10), run.settings, run.parameters, run.generator
+        found.append([persistent_evolution(*arguments)[1] for _ in range(2)])
+    for plain, noisy in zip(*found, strict=True):
+        for a, b in zip(plain, noisy, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_tasks_of_several_lengths(generator: torch.Generator) -> None:
+    """Log-uniform between the two ends, and no longer than the curriculum allows."""
+    chosen = settings(total_steps=400, shortest_steps=25, curriculum=0.5)
+    late = torch.tensor([chosen.horizon(0.5, generator) for _ in range(2000)], dtype=torch.float64)
+    assert late.min() >= 25
+    assert late.max() <= 400
+    assert float((late <= 100).double().mean()) == pytest.approx(0.5, abs=0.05)
+    assert max(chosen.horizon(0.25, generator) for _ in range(500)) <= 100
+    assert chosen.horizon(0.0, generator) == 25
+    state = generator.get_state()
+    assert settings(total_steps=40).horizon(0.3, generator) == 40
+    assert torch.equal(generator.get_state(), state), "one length draws nothing"
+    run = MetaTrainingRun(smooth_optimizer(), lambda g: SmoothTask(), settings(total_steps=40, shortest_steps=10, slots=5))
+    assert len({slot.total_steps for slot in run.slots}) > 2
+    for _ in range(60):
+        run.advance()
+        assert all(slot.age < slot.horizon <= slot.total_steps <= 40 for slot in run.slots)
+
+
 RUN: dict[str, Any] = {
     "total_steps": 12,
     "unroll": 4,
@@ -212,8 +296,8 @@ RUN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", [lambda: LSTMOptimizer(hidden_size=3), InterpretableOptimizer], ids=["lstm", "interpretable"])
-@pytest.mark.parametrize("second_order", [False, True])
-def test_resume_is_bit_identical(tmp_path: Path, second_order: bool, kind: Callable[[], MetaOptimizer]) -> None:
+@pytest.mark.parametrize("estimator", ["second_order", "first_order", "pes"])
+def test_resume_is_bit_identical(tmp_path: Path, estimator: str, kind: Callable[[], MetaOptimizer]) -> None:
     def fresh() -> MetaOptimizer:
         torch.manual_seed(0)
         return kind()
@@ -225,7 +309,7 @@ def test_resume_is_bit_identical(tmp_path: Path, second_order: bool, kind: Calla
         if iteration == 6:
             raise Killed
 
-    arguments = RUN | {"second_order": second_order}
+    arguments = RUN | {"estimator": estimator, "shortest_steps": 6}
     straight = meta_train(fresh(), digit_task, **arguments)
     path = tmp_path / "run.safetensors"
     with pytest.raises(Killed):
@@ -243,6 +327,7 @@ def test_resume_is_bit_identical(tmp_path: Path, second_order: bool, kind: Calla
         meta_train(fresh(), digit_task, **arguments, checkpoint=path)
 
 
+@pytest.mark.parametrize("estimator", ["second_order", "pes"])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -251,13 +336,13 @@ def test_resume_is_bit_identical(tmp_path: Path, second_order: bool, kind: Calla
     ],
     ids=["lstm", "interpretable"],
 )
-def test_meta_training_lowers_the_meta_loss_and_records_itself(kind: Callable[[], MetaOptimizer]) -> None:
+def test_meta_training_lowers_the_meta_loss_and_records_itself(kind: Callable[[], MetaOptimizer], estimator: str) -> None:
     """Fifty meta-steps on one smooth task must beat the untrained rule on it, by a margin far above rounding."""
     torch.manual_seed(0)
     optimizer = kind().double()
     trained = meta_train(
         optimizer, lambda generator: SmoothTask(), iterations=50, total_steps=10, unroll=5, slots=1,
-        learning_rate=3e-2, second_order=True, report=lambda i, loss: None,
+        learning_rate=3e-2, estimator=estimator, report=lambda i, loss: None,
     )  # fmt: skip
     assert sum(trained.losses[-10:]) < 0.9 * sum(trained.losses[:10])
     assert optimizer.record["meta_training"]["iterations"] == 50
@@ -285,6 +370,10 @@ def test_loss_cap_gives_no_gradient_and_nan_raises() -> None:
     ("change", "text"),
     [
         ({"iterations": 0}, "iterations must be an integer >= 1"),
+        ({"estimator": "es"}, "estimator must be one of 'second_order', 'first_order', 'pes'"),
+        ({"noise": 0.0}, "noise must be a finite number > 0"),
+        ({"shortest_steps": 13}, "shortest_steps must be at most total_steps, got 13"),
+        ({"curriculum": 1.5}, "curriculum must be a share of the iterations"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number > 0"),
         ({"late_weight": -1.0}, "late_weight must be a finite number >= 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer >= 1"),

@@ -142,7 +142,7 @@ def meta_train_variant(settings: DemoSettings, variant: str, path: Path, report:
         partial(sample_meta_task, settings, attack),
         iterations=settings.iterations,
         total_steps=settings.total_steps,
-        second_order=variant != "first_order",
+        estimator="first_order" if variant == "first_order" else "second_order",
         seed=settings.seed,
         report=report,
     )

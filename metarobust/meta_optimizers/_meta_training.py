@@ -9,13 +9,12 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torchopt
-from torch import Tensor
-from torchopt import apply_updates
+from torchopt.base import GradientTransformation
 
 from metarobust import __version__
-from metarobust._checks import finite, integer
+from metarobust._checks import choice, finite, integer, require
 from metarobust._progress import progress_bar
-from metarobust._tensors import tree_detach
+from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._resume import load_run, save_run
 from metarobust.meta_optimizers._transformation import gradients_only
@@ -37,8 +36,11 @@ class MetaTrainingSettings:
     loss_cap: float
     late_weight: float
     meta_loss_every: int
-    second_order: bool
     seed: int
+    estimator: str = "second_order"
+    noise: float = 0.02
+    shortest_steps: int | None = None
+    curriculum: float = 0.0
 
     @classmethod
     def serban2020(cls, *, iterations: int) -> Self:
@@ -51,7 +53,7 @@ class MetaTrainingSettings:
         """
         return cls(
             iterations=iterations, total_steps=480, unroll=20, slots=1, learning_rate=1e-2, gradient_clip=1e6, loss_cap=1e6,
-            late_weight=0.0, meta_loss_every=1, second_order=False, seed=0,
+            late_weight=0.0, meta_loss_every=1, estimator="first_order", seed=0,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -61,6 +63,22 @@ class MetaTrainingSettings:
         for name in ("learning_rate", "gradient_clip", "loss_cap"):
             finite(name, getattr(self, name), above=0.0)
         finite("late_weight", self.late_weight, least=0.0)
+        choice("estimator", self.estimator, ESTIMATORS)
+        finite("noise", self.noise, above=0.0)
+        finite("curriculum", self.curriculum, least=0.0)
+        require(self.curriculum <= 1, "curriculum", "a share of the iterations in [0, 1]", self.curriculum)
+        if self.shortest_steps is not None:
+            integer("shortest_steps", self.shortest_steps, least=1)
+            require(self.shortest_steps <= self.total_steps, "shortest_steps", "at most total_steps", self.shortest_steps)
+
+    def horizon(self, progress: float, draw: torch.Generator) -> int:
+        """T of a task that begins at this share of the iterations; nothing is drawn where all tasks have one T."""
+        shortest, longest = self.shortest_steps or self.total_steps, self.total_steps
+        if shortest == longest:
+            return longest
+        grown = 1.0 if self.curriculum == 0 else min(1.0, progress / self.curriculum)
+        span = grown * math.log(longest / shortest)
+        return round(shortest * math.exp(span * float(torch.rand((), generator=draw))))
 
 
 class MetaTraining(NamedTuple):
@@ -69,19 +87,6 @@ class MetaTraining(NamedTuple):
     meta_optimizer: MetaOptimizer
     losses: list[float]
     settings: MetaTrainingSettings
-
-
-@dataclass
-class Slot:
-    """One task in progress: everything needed to continue it, all randomness included."""
-
-    task_seed: int
-    task: Task
-    generator: torch.Generator
-    parameters: tuple[Tensor, ...]
-    state: Any
-    age: int
-    horizon: int
 
 
 def meta_train(
@@ -97,7 +102,10 @@ def meta_train(
     loss_cap: float = 10.0,
     late_weight: float = 1.0,
     meta_loss_every: int = 5,
-    second_order: bool = True,
+    estimator: str = "second_order",
+    noise: float = 0.02,
+    shortest_steps: int | None = None,
+    curriculum: float = 0.0,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
@@ -121,8 +129,13 @@ def meta_train(
         loss_cap: a meta-loss above this counts as this and gives no gradient.
         late_weight: within an unroll, a meta-loss at age t has weight ``0.3 + late_weight * t / T`` over the unroll's sum.
         meta_loss_every: optimizee steps between two evaluations of the meta-loss; the last step of an unroll always counts.
-        second_order: differentiate through the optimizee's gradients too (exact). False treats them as constants, as the
-            paper's code does: a quarter faster, and markedly worse with two streams.
+        estimator: ``"second_order"`` back-propagates through the optimizee's gradients too (exact within an unroll);
+            ``"first_order"`` treats them as constants, as the paper's code does: a quarter faster, and markedly worse with two
+            streams; ``"pes"``, persistent evolution strategies, needs no graph and sees the whole run, at a higher variance: take
+            more iterations.
+        noise: of ``"pes"``: standard deviation of the moves of the meta-parameters.
+        shortest_steps: each task's T is drawn log-uniformly between this and ``total_steps``; None for ``total_steps`` always.
+        curriculum: share of the iterations during which the longest T grows (geometrically) from the shortest.
         seed: of all randomness here; tasks get their generators from it.
         checkpoint: file that the run's whole state goes to, atomically; when it exists, the run resumes from it and ends with
             bit-identical parameters.
@@ -143,7 +156,10 @@ def meta_train(
         loss_cap=loss_cap,
         late_weight=late_weight,
         meta_loss_every=meta_loss_every,
-        second_order=second_order,
+        estimator=estimator,
+        noise=noise,
+        shortest_steps=shortest_steps,
+        curriculum=curriculum,
         seed=seed,
     )
     integer("checkpoint_every", checkpoint_every, least=1)
@@ -182,38 +198,47 @@ class MetaTrainingRun:
         self.meta_optimizer, self.sample_task, self.settings = meta_optimizer, sample_task, settings
         self.parameters = [p for p in meta_optimizer.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
-        rule = meta_optimizer.as_gradient_transformation(total_steps=settings.total_steps, stacked=True)
-        self.rule = rule if meta_optimizer.two_streams else torchopt.chain(gradients_only(), rule)
+        self.rules: dict[int, GradientTransformation] = {}
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: list[float] = []
         # Slot i ends its first task after (i + 1) / slots of the horizon, so that ages stay staggered.
-        self.slots = [
-            self.fresh_slot(horizon=math.ceil(settings.total_steps * (i + 1) / settings.slots)) for i in range(settings.slots)
-        ]
+        self.slots = [self.fresh_slot(share=(i + 1) / settings.slots) for i in range(settings.slots)]
 
-    def fresh_slot(self, horizon: int) -> Slot:
-        """A new task at age 0."""
-        return self.slot_from_seed(int(torch.randint(2**62, (), generator=self.generator)), horizon)
+    def rule_for(self, total_steps: int) -> GradientTransformation:
+        """The rule that plans this number of steps."""
+        if total_steps not in self.rules:
+            rule = self.meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
+            self.rules[total_steps] = rule if self.meta_optimizer.two_streams else torchopt.chain(gradients_only(), rule)
+        return self.rules[total_steps]
 
-    def slot_from_seed(self, task_seed: int, horizon: int) -> Slot:
+    def fresh_slot(self, share: float = 1.0) -> Slot:
+        """A new task at age 0, which ends after this share of its steps."""
+        total = self.settings.horizon(len(self.losses) / self.settings.iterations, self.generator)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        return self.slot_from_seed(seed, math.ceil(total * share), total)
+
+    def slot_from_seed(self, task_seed: int, horizon: int, total_steps: int) -> Slot:
         """The task that this seed gives, at age 0."""
         generator = torch.Generator().manual_seed(task_seed)
         task = self.sample_task(generator)
         parameters = task.initial_parameters(generator=generator)
-        return Slot(task_seed, task, generator, parameters, self.rule.init(cast("Any", parameters)), 0, horizon)
+        state = self.rule_for(total_steps).init(cast("Any", parameters))
+        return Slot(task_seed, task, generator, parameters, state, 0, horizon, total_steps)
 
     def advance(self) -> float:
         """One truncation of one task and one meta-update; returns the weighted meta-loss."""
         settings, iteration = self.settings, len(self.losses)
         place = iteration % settings.slots
         slot = self.slots[place]
-        loss = self.unrolled_loss(slot)
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
+        rule = self.rule_for(slot.total_steps)
+        if settings.estimator == "pes":
+            loss, found = persistent_evolution(slot, rule, settings, self.parameters, self.generator)
+        else:
+            loss, found = backpropagated(slot, rule, settings, self.parameters)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found]))
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise FloatingPointError(
-                f"meta-training must keep its loss and gradient finite, got meta-loss {loss.item():.4g} and gradient norm "
+                f"meta-training must keep its loss and gradient finite, got meta-loss {loss:.4g} and gradient norm "
                 f"{norm.item():.4g} in iteration {iteration + 1} (task age {slot.age}); start a new run with a lower "
                 "learning_rate or unroll, or with another seed"
             )
@@ -224,32 +249,10 @@ class MetaTrainingRun:
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
         self.adam.step()
         self.adam.zero_grad()
-        slot.parameters, slot.state = tree_detach(slot.parameters), tree_detach(slot.state)
         if slot.age >= slot.horizon:
-            self.slots[place] = self.fresh_slot(settings.total_steps)
-        self.losses.append(loss.item())
+            self.slots[place] = self.fresh_slot()
+        self.losses.append(loss)
         return self.losses[-1]
-
-    def unrolled_loss(self, slot: Slot) -> Tensor:
-        """Advance the slot by one unroll, graph kept, and return the weighted mean of its meta-losses."""
-        settings = self.settings
-        total, weights = torch.zeros(()), 0.0
-        if settings.second_order:  # the first gradient of an unroll needs a graph to keep
-            slot.parameters = tuple(p.requires_grad_() for p in slot.parameters)
-        for position in range(1, settings.unroll + 1):
-            _, streams = slot.task.streams(slot.parameters, generator=slot.generator, create_graph=settings.second_order)
-            seen = slot.parameters if settings.second_order else tree_detach(slot.parameters)
-            updates, slot.state = self.rule.update(cast("Any", streams), slot.state, params=seen, inplace=False)
-            slot.parameters = cast("Any", apply_updates(cast("Any", slot.parameters), updates, inplace=False))
-            if hasattr(slot.task, "project"):  # the optimizee is constrained, as a perturbation is
-                slot.parameters = cast("Any", slot.task).project(slot.parameters)
-            slot.age += 1
-            if position % settings.meta_loss_every == 0 or position == settings.unroll:
-                weight = 0.3 + settings.late_weight * slot.age / settings.total_steps
-                losses = slot.task.meta_loss(slot.parameters, generator=slot.generator)
-                total = total + weight * losses.clamp(max=settings.loss_cap).mean()
-                weights += weight
-        return total / weights
 
 
 def _recent(losses: list[float], count: int = 20) -> float:

@@ -13,7 +13,7 @@ from metarobust._tensor_files import read_tensors, write_tensors
 if TYPE_CHECKING:
     from metarobust.meta_optimizers._meta_training import MetaTrainingRun
 
-FORMAT = "metarobust meta-training run 1"
+FORMAT = "metarobust meta-training run 2"
 
 
 def save_run(path: Path, run: "MetaTrainingRun") -> None:
@@ -27,12 +27,14 @@ def save_run(path: Path, run: "MetaTrainingRun") -> None:
         tensors |= {f"adam.{i}.{name}": value for name, value in run.adam.state.get(p, {}).items()}
     for i, slot in enumerate(run.slots):
         tensors[f"slot.{i}.generator"] = slot.generator.get_state()
-        for j, leaf in enumerate(_leaves((slot.parameters, slot.state))):
+        for j, leaf in enumerate(_leaves((slot.parameters, slot.state, slot.mirror, slot.noise))):
             tensors[f"slot.{i}.{j}"] = leaf.clone()
     header = {
         "format": FORMAT,
         "settings": _settings(run),
-        "slots": [{"task_seed": s.task_seed, "age": s.age, "horizon": s.horizon} for s in run.slots],
+        "slots": [
+            {"task_seed": s.task_seed, "age": s.age, "horizon": s.horizon, "total_steps": s.total_steps} for s in run.slots
+        ],
     }
     write_tensors(path, tensors, header)
 
@@ -60,14 +62,17 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         if found:
             run.adam.state[p] = cast("Any", found)
     for i, saved in enumerate(header["slots"]):
-        slot = run.slot_from_seed(saved["task_seed"], saved["horizon"])
+        slot = run.slot_from_seed(saved["task_seed"], saved["horizon"], saved["total_steps"])
         slot.age = saved["age"]
         slot.generator.set_state(tensors[f"slot.{i}.generator"])
-        leaves, structure = pytree.tree_flatten(cast("Any", (slot.parameters, slot.state)))
+        mirrored = run.settings.estimator == "pes" and slot.age > 0
+        mirror, noise = ((slot.parameters, slot.state), tuple(run.parameters)) if mirrored else (None, None)
+        leaves, structure = pytree.tree_flatten(cast("Any", (slot.parameters, slot.state, mirror, noise)))
         if f"slot.{i}.{len(leaves)}" in tensors or f"slot.{i}.{len(leaves) - 1}" not in tensors:
             raise ValueError(f"checkpoint {path} must come from the same tasks, got other tensors; use another path")
         restored = [tensors[f"slot.{i}.{j}"] for j in range(len(leaves))]
-        slot.parameters, slot.state = cast("Any", pytree.tree_unflatten(structure, restored))
+        found = cast("Any", pytree.tree_unflatten(structure, restored))
+        slot.parameters, slot.state, slot.mirror, slot.noise = found
         run.slots[i] = slot
 
 

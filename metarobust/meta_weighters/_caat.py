@@ -43,9 +43,9 @@ class CAAT(nn.Module):
     characteristics are constants in both the virtual and the actual step. Attacks, virtual steps and the meta-loss leave the
     model's mode and buffers as they are.
 
-    With ``routing="soft"`` all branches are found for all examples, and weighted. With ``"hard"`` an example gets one branch whole,
-    is attacked towards that side alone, and costs what an adversarial example costs; it takes many meta-steps until any example
-    changes sides. ``"random"`` is a control: as many as the network would send to each branch, chosen at random.
+    With ``routing="soft"`` all branches are found for all examples, and weighted. With ``"hard"`` an example gets one branch
+    whole, is attacked towards that side alone, and costs what an adversarial example costs; it takes many meta-steps until any
+    example changes sides. ``"random"`` is a control: as many as the network would send to each branch, chosen at random.
 
     With adversaries only and no meta-step the losses are those of the robust loss, for `TRADES` to the last bit.
 

@@ -1,0 +1,127 @@
+"""Two ways to a meta-gradient: back-propagation through a window of steps, and persistent evolution strategies."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torchopt import apply_updates
+from torchopt.base import GradientTransformation
+
+from metarobust._tensors import tree_detach
+from metarobust.types import Task
+
+ESTIMATORS = ("second_order", "first_order", "pes")
+
+
+@dataclass
+class Slot:
+    """One task in progress: everything needed to continue it, all randomness included.
+
+    ``horizon`` is the age at which it ends, ``total_steps`` the T that the rule is told. With persistent evolution strategies
+    ``parameters`` and ``state`` are those of the run with added noise, ``mirror`` those of the run with subtracted noise, and
+    ``noise`` is the sum of all the noise that the run has met, one tensor per meta-parameter.
+    """
+
+    task_seed: int
+    task: Task
+    generator: torch.Generator
+    parameters: tuple[Tensor, ...]
+    state: Any
+    age: int
+    horizon: int
+    total_steps: int
+    mirror: tuple[tuple[Tensor, ...], Any] | None = None
+    noise: tuple[Tensor, ...] | None = None
+
+
+class Window(NamedTuple):
+    """What one unroll gives: the weighted mean of its meta-losses, and where the optimizees are after it."""
+
+    loss: Tensor
+    parameters: tuple[Tensor, ...]
+    state: Any
+
+
+def unroll(slot: Slot, rule: GradientTransformation, settings: Any, start: tuple[tuple[Tensor, ...], Any]) -> Window:
+    """Advance a task by one unroll from ``start``; the graph is kept unless the estimator is ``"pes"``. The age stays."""
+    parameters, state = start
+    exact, graph = settings.estimator == "second_order", settings.estimator != "pes"
+    total, weights = torch.zeros(()), 0.0
+    if exact:  # the first gradient of an unroll needs a graph to keep
+        parameters = tuple(p.requires_grad_() for p in parameters)
+    for position in range(1, settings.unroll + 1):
+        _, streams = slot.task.streams(parameters, generator=slot.generator, create_graph=exact)
+        with torch.set_grad_enabled(graph):
+            seen = parameters if exact else tree_detach(parameters)
+            updates, state = rule.update(cast("Any", streams), state, params=cast("Any", seen), inplace=False)
+            parameters = cast("Any", apply_updates(cast("Any", parameters), updates, inplace=False))
+            if hasattr(slot.task, "project"):  # the optimizee is constrained, as a perturbation is
+                parameters = cast("Any", slot.task).project(parameters)
+            if position % settings.meta_loss_every == 0 or position == settings.unroll:
+                weight = 0.3 + settings.late_weight * (slot.age + position) / slot.total_steps
+                losses = slot.task.meta_loss(parameters, generator=slot.generator)
+                total = total + weight * losses.clamp(max=settings.loss_cap).mean()
+                weights += weight
+    return Window(total / weights, parameters, state)
+
+
+def backpropagated(
+    slot: Slot, rule: GradientTransformation, settings: Any, meta_parameters: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """Meta-loss and meta-gradient of one unroll by back-propagation; advances the slot and cuts its graph."""
+    window = unroll(slot, rule, settings, (slot.parameters, slot.state))
+    gradients = torch.autograd.grad(window.loss, meta_parameters, allow_unused=True)
+    slot.parameters, slot.state = tree_detach(window.parameters), tree_detach(window.state)
+    slot.age += settings.unroll
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(meta_parameters, gradients, strict=True)]
+    return window.loss.item(), found
+
+
+def persistent_evolution(
+    slot: Slot,
+    rule: GradientTransformation,
+    settings: Any,
+    meta_parameters: Sequence[Tensor],
+    generator: torch.Generator,
+) -> tuple[float, list[Tensor]]:
+    r"""Meta-loss and a meta-gradient by persistent evolution strategies (Vicol, Metz and Sohl-Dickstein, 2021, algorithm 2).
+
+    Two copies of the task go on side by side, with the meta-parameters moved by :math:`+\epsilon` and :math:`-\epsilon`,
+    :math:`\epsilon \sim N(0, \sigma^2 I)`, under the same randomness. The estimate of an unroll is
+
+    .. math:: \frac{L_+ - L_-}{2 \sigma^2} \sum_{u} \epsilon_u
+
+    over all the noise since the task began. So the noise of an earlier unroll is credited with the losses of a later one: unlike
+    back-propagation through one window, the estimate is not biased towards what pays soon. (arXiv 2112.13835)
+    """
+    fresh = [settings.noise * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in meta_parameters]
+    mirror = (slot.parameters, slot.state) if slot.mirror is None else slot.mirror
+    slot.noise = tuple(fresh) if slot.noise is None else tuple(a + b for a, b in zip(slot.noise, fresh, strict=True))
+    randomness, windows = slot.generator.get_state(), []
+    for sign, start in ((1.0, (slot.parameters, slot.state)), (-1.0, mirror)):
+        slot.generator.set_state(randomness)
+        with moved(meta_parameters, fresh, sign):
+            windows.append(unroll(slot, rule, settings, start))
+    slot.parameters, slot.state = windows[0].parameters, windows[0].state
+    slot.mirror = (windows[1].parameters, windows[1].state)
+    slot.age += settings.unroll
+    plus, minus = windows[0].loss.item(), windows[1].loss.item()
+    return (plus + minus) / 2, [(plus - minus) / (2 * settings.noise**2) * noise for noise in slot.noise]
+
+
+@contextmanager
+def moved(parameters: Sequence[Tensor], by: Sequence[Tensor], sign: float) -> Iterator[None]:
+    """Parameters moved for the duration of the block; afterwards bit for bit what they were."""
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p, step in zip(parameters, by, strict=True):
+                p.add_(step, alpha=sign)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
