@@ -183,18 +183,55 @@ def one_run(name: str, data: str, scenario: str, seed: int, out: str) -> None:
     print(f"wrote {path}", flush=True)
 
 
-def table(out: str) -> None:
-    """Mean and range over the seeds of what is there."""
+def collected(out: str) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """The runs of a folder, or of a file that ``--pack`` wrote, by data set, scenario and method, in the order of their seeds."""
+    place = Path(out)
+    texts = place.read_text().splitlines() if place.is_file() else [path.read_text() for path in sorted(place.glob("*.json"))]
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for path in sorted(Path(out).glob("*.json")):
-        content = json.loads(path.read_text())
+    for content in sorted((json.loads(text) for text in texts), key=lambda content: content["run"]["seed"]):
         run = content["run"]
         found.setdefault((run["data"], run["scenario"], run["method"]), []).append(content)
+    return found
+
+
+def pack(out: str, into: str) -> None:
+    """Put the runs of a folder into one file, a line each."""
+    lines = [json.dumps(content, separators=(",", ":")) for runs in collected(out).values() for content in runs]
+    write_atomically(Path(into), lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+    print(f"wrote {into}")
+
+
+def table(out: str) -> None:
+    """Mean and range over the seeds of what is there."""
+    found = collected(out)
     for data in SPLITS:
         for scenario in SCENARIOS:
             rows = {name: found[data, scenario, name] for name in methods(0) if (data, scenario, name) in found}
             if rows:
                 print_rows(f"{data}, {scenario}: errors in %, mean over seeds (lowest to highest)", rows)
+
+
+def summary(out: str) -> None:
+    """Robust errors of all scenarios side by side, and what each method has less of than TRADES with the same seed."""
+    found = collected(out)
+    for data in SPLITS:
+        if not any(key[0] == data for key in found):
+            continue
+        for part, title in (("average", "robust error"), ("worst", "robust error of the worst class")):
+            print(f"\n{data}: {title} in %, mean over seeds (points below TRADES, lowest to highest over seeds)\n")
+            print("| method | " + " | ".join(SCENARIOS) + " |\n" + "|---" * (1 + len(SCENARIOS)) + "|")
+            for name in methods(0):
+                cells = []
+                for scenario in SCENARIOS:
+                    runs = found.get((data, scenario, name), [])
+                    errors, base = (
+                        {run["run"]["seed"]: 100 * run["errors"]["robust"][part] for run in group}
+                        for group in (runs, found.get((data, scenario, "TRADES"), []))
+                    )
+                    below = [base[seed] - error for seed, error in errors.items() if seed in base]
+                    gained = f" ({min(below):+.1f} to {max(below):+.1f})" if below and name != "TRADES" else ""
+                    cells.append(f"{statistics.mean(errors.values()):.1f}{gained}" if errors else "")
+                print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def print_rows(title: str, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -254,10 +291,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--choose", action="store_true", help="print the table that settings were chosen by, and stop")
     parser.add_argument("--table", action="store_true", help="print what is there, and stop")
-    parser.add_argument("--out", default="results/fairness")
+    parser.add_argument("--summary", action="store_true", help="print what is there in short, and stop")
+    parser.add_argument("--pack", help="put the runs that are there into this one file, and stop")
+    parser.add_argument("--out", default="results/fairness", help="folder of the runs; to print, also a packed file")
     arguments = parser.parse_args()
     if arguments.choose:
         choose()
+        return
+    if arguments.summary:
+        summary(arguments.out)
+        return
+    if arguments.pack:
+        pack(arguments.out, arguments.pack)
         return
     if not arguments.table:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)

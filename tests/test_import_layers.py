@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 350
 
 LAYERS = [
-    ("types", "_tensors", "_checks", "_files", "_progress"),
+    ("types", "_tensors", "_checks", "_files", "_progress", "_processes"),
     ("threat_models", "losses", "divergences", "models", "data"),
     ("attacks", "dro", "bounds"),
     ("objectives", "meta_optimizers", "evaluation"),

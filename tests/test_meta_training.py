@@ -213,7 +213,7 @@ def digit_task(generator: torch.Generator) -> ClassificationTask:
 
 def test_persistent_evolution_credits_the_noise_of_earlier_unrolls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Averaged over all signs of two moves, the estimate of the second unroll is its whole derivative, both paths included."""
-    from metarobust.meta_optimizers import _estimators
+    from metarobust.meta_optimizers import _meta_training
 
     torch.manual_seed(0)
     rule = InterpretableOptimizer(initial_learning_rate=0.05).double().requires_grad_(False)
@@ -238,15 +238,44 @@ def test_persistent_evolution_credits_the_noise_of_earlier_unrolls(monkeypatch: 
         def prescribed(shape: torch.Size, moves: Any = moves, **how: Any) -> Tensor:
             return torch.full(shape, next(moves), dtype=how["dtype"])
 
-        monkeypatch.setattr(_estimators.torch, "randn", prescribed)
+        monkeypatch.setattr(_meta_training.torch, "randn", prescribed)
         for _ in range(2):
-            middle, gradients = persistent_evolution(run.slots[0], run.rule_for(4), run.settings, run.parameters, run.generator)
+            middle, gradients = persistent_evolution(
+                run.slots[0], run.rule_for(4), run.settings, run.parameters, run.draw_noise()
+            )
         monkeypatch.undo()
         assert middle == pytest.approx(loss.item(), abs=1e-6)
         found.append(float(gradients[0].sum()) / len(gradients[0]))
     assert torch.equal(rule.fan_in_power, before)
     assert sum(found) / len(found) == pytest.approx(wanted, rel=1e-5)
     assert abs(window - wanted) > 0.2 * abs(wanted), "the window alone must miss something, or the check is empty"
+
+
+def test_several_tasks_per_step_average_their_gradients() -> None:
+    def gradient(**changes: Any) -> list[list[Tensor]]:
+        seen: list[list[Tensor]] = []
+        run = MetaTrainingRun(smooth_optimizer(), lambda g: Drawn(g), settings(slots=3, unroll=2, **changes))
+        take = run.step
+
+        def spy(loss: float, gradients: list[Tensor], *, age: int) -> float:
+            seen.append(gradients)
+            take(loss, [torch.zeros_like(g) for g in gradients], age=age)
+            return loss
+
+        run.step = spy  # type: ignore[method-assign]
+        losses = [run.advance() for _ in range(6 // run.settings.tasks_per_step)]
+        return [[torch.tensor(losses)], *seen]
+
+    class Drawn(SmoothTask):
+        def __init__(self, generator: torch.Generator) -> None:
+            super().__init__()
+            self.x = torch.rand(self.x.shape, generator=generator, dtype=torch.float64)
+
+    (alone, *singles), (joint, *triples) = gradient(), gradient(tasks_per_step=3)
+    torch.testing.assert_close(alone[0].reshape(2, 3).mean(1), joint[0])
+    for number, triple in enumerate(triples):
+        for i, mean in enumerate(triple):
+            torch.testing.assert_close(mean, sum(singles[3 * number + k][i] for k in range(3)) / 3)
 
 
 def test_both_copies_of_persistent_evolution_meet_the_same_randomness() -> None:
@@ -259,8 +288,8 @@ def test_both_copies_of_persistent_evolution_meet_the_same_randomness() -> None:
         torch.manual_seed(0)
         rule = InterpretableOptimizer(initial_learning_rate=0.05).double()
         run = MetaTrainingRun(rule, lambda generator, task=task: task(), settings(estimator="pes", noise=1e-4))
-        arguments = run.slots[0], run.rule_for(10), run.settings, run.parameters, run.generator
-        found.append([persistent_evolution(*arguments)[1] for _ in range(2)])
+        arguments = run.slots[0], run.rule_for(10), run.settings, run.parameters
+        found.append([persistent_evolution(*arguments, run.draw_noise())[1] for _ in range(2)])
     for plain, noisy in zip(*found, strict=True):
         for a, b in zip(plain, noisy, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -373,6 +402,7 @@ def test_loss_cap_gives_no_gradient_and_nan_raises() -> None:
         ({"estimator": "es"}, "estimator must be one of 'second_order', 'first_order', 'pes'"),
         ({"noise": 0.0}, "noise must be a finite number > 0"),
         ({"shortest_steps": 13}, "shortest_steps must be at most total_steps, got 13"),
+        ({"tasks_per_step": 3}, r"tasks_per_step must be at most slots \(=2\), got 3"),
         ({"curriculum": 1.5}, "curriculum must be a share of the iterations"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number > 0"),
         ({"late_weight": -1.0}, "late_weight must be a finite number >= 0"),

@@ -4,11 +4,7 @@ import torch
 from torch import Tensor, distributed
 
 from metarobust._checks import kind, message
-
-
-def processes() -> int:
-    """How many processes share the training, 1 without `torch.distributed`."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+from metarobust._processes import processes
 
 
 def gather_examples(values: Tensor) -> Tensor:

@@ -85,19 +85,18 @@ def persistent_evolution(
     rule: GradientTransformation,
     settings: Any,
     meta_parameters: Sequence[Tensor],
-    generator: torch.Generator,
+    fresh: Sequence[Tensor],
 ) -> tuple[float, list[Tensor]]:
     r"""Meta-loss and a meta-gradient by persistent evolution strategies (Vicol, Metz and Sohl-Dickstein, 2021, algorithm 2).
 
-    Two copies of the task go on side by side, with the meta-parameters moved by :math:`+\epsilon` and :math:`-\epsilon`,
-    :math:`\epsilon \sim N(0, \sigma^2 I)`, under the same randomness. The estimate of an unroll is
+    Two copies of the task go on side by side, with the meta-parameters moved by :math:`+\epsilon` and :math:`-\epsilon`, the
+    ``fresh`` noise :math:`\epsilon \sim N(0, \sigma^2 I)`, under the same randomness. The estimate of an unroll is
 
     .. math:: \frac{L_+ - L_-}{2 \sigma^2} \sum_{u} \epsilon_u
 
     over all the noise since the task began. So the noise of an earlier unroll is credited with the losses of a later one: unlike
     back-propagation through one window, the estimate is not biased towards what pays soon. (arXiv 2112.13835)
     """
-    fresh = [settings.noise * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in meta_parameters]
     mirror = (slot.parameters, slot.state) if slot.mirror is None else slot.mirror
     slot.noise = tuple(fresh) if slot.noise is None else tuple(a + b for a, b in zip(slot.noise, fresh, strict=True))
     randomness, windows = slot.generator.get_state(), []

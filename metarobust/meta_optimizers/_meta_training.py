@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torchopt
+from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metarobust import __version__
 from metarobust._checks import choice, finite, integer, require
+from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
 from metarobust.meta_optimizers._kinds import MetaOptimizer
@@ -41,6 +43,7 @@ class MetaTrainingSettings:
     noise: float = 0.02
     shortest_steps: int | None = None
     curriculum: float = 0.0
+    tasks_per_step: int = 1
 
     @classmethod
     def serban2020(cls, *, iterations: int) -> Self:
@@ -57,13 +60,14 @@ class MetaTrainingSettings:
         )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "total_steps", "unroll", "slots", "meta_loss_every"):
+        for name in ("iterations", "total_steps", "unroll", "slots", "meta_loss_every", "tasks_per_step"):
             integer(name, getattr(self, name), least=1)
         integer("seed", self.seed, least=0)
         for name in ("learning_rate", "gradient_clip", "loss_cap"):
             finite(name, getattr(self, name), above=0.0)
         finite("late_weight", self.late_weight, least=0.0)
         choice("estimator", self.estimator, ESTIMATORS)
+        require(self.tasks_per_step <= self.slots, "tasks_per_step", f"at most slots (={self.slots})", self.tasks_per_step)
         finite("noise", self.noise, above=0.0)
         finite("curriculum", self.curriculum, least=0.0)
         require(self.curriculum <= 1, "curriculum", "a share of the iterations in [0, 1]", self.curriculum)
@@ -106,6 +110,7 @@ def meta_train(
     noise: float = 0.02,
     shortest_steps: int | None = None,
     curriculum: float = 0.0,
+    tasks_per_step: int = 1,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
@@ -116,6 +121,10 @@ def meta_train(
     Each iteration advances one task by ``unroll`` steps, evaluates the task's meta-loss on the way, back-propagates to the
     meta-parameters, takes an Adam step on them (cosine decay to zero), and cuts the graph. ``slots`` tasks of staggered ages
     take turns; a task that has reached ``total_steps`` is replaced by a fresh one.
+
+    Several processes. Where ``torch.distributed`` is initialised, each process calls this with the same arguments; they share the
+    ``tasks_per_step`` tasks of a meta-update, average their gradients, and end with the same parameters, those of one process up
+    to rounding. Each writes a checkpoint of its own: rank 0 to ``checkpoint``, rank r to the same name with ``.rank`` and r.
 
     Args:
         meta_optimizer: trained in place.
@@ -136,6 +145,7 @@ def meta_train(
         noise: of ``"pes"``: standard deviation of the moves of the meta-parameters.
         shortest_steps: each task's T is drawn log-uniformly between this and ``total_steps``; None for ``total_steps`` always.
         curriculum: share of the iterations during which the longest T grows (geometrically) from the shortest.
+        tasks_per_step: tasks that are advanced for one meta-update, whose gradients are averaged.
         seed: of all randomness here; tasks get their generators from it.
         checkpoint: file that the run's whole state goes to, atomically; when it exists, the run resumes from it and ends with
             bit-identical parameters.
@@ -160,6 +170,7 @@ def meta_train(
         noise=noise,
         shortest_steps=shortest_steps,
         curriculum=curriculum,
+        tasks_per_step=tasks_per_step,
         seed=seed,
     )
     integer("checkpoint_every", checkpoint_every, least=1)
@@ -171,10 +182,10 @@ def meta_train(
         raise FileNotFoundError(f"no folder at {Path(checkpoint).parent} for the checkpoint; make it first")
     meta_optimizer.requires_grad_(True)  # `load` gives a frozen one
     run = MetaTrainingRun(meta_optimizer, sample_task, settings)
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else Path(f"{checkpoint}.rank{rank()}" if rank() else checkpoint)
     if path is not None and path.exists():
         load_run(path, run)
-    with progress_bar("meta-training", iterations, silent=report is not None) as advance:
+    with progress_bar("meta-training", iterations, silent=report is not None or rank() > 0) as advance:
         advance(len(run.losses))
         while len(run.losses) < iterations:
             loss = run.advance()
@@ -184,7 +195,7 @@ def meta_train(
             if path is not None and (len(run.losses) % checkpoint_every == 0 or len(run.losses) == iterations):
                 save_run(path, run)
     meta_optimizer.record = {"meta_training": asdict(settings), "final_meta_loss": _recent(run.losses)} | {
-        "threat_model": repr(getattr(run.slots[0].task, "threat_model", None)),
+        "threat_model": repr(getattr(run.any_task(), "threat_model", None)),
         "metarobust": __version__,
         "torch": torch.__version__,
     }
@@ -197,6 +208,7 @@ class MetaTrainingRun:
     def __init__(self, meta_optimizer: MetaOptimizer, sample_task: SampleTask, settings: MetaTrainingSettings) -> None:
         self.meta_optimizer, self.sample_task, self.settings = meta_optimizer, sample_task, settings
         self.parameters = [p for p in meta_optimizer.parameters() if p.requires_grad]
+        like_rank_0(self.parameters)
         self.adam = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.rules: dict[int, GradientTransformation] = {}
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -225,34 +237,62 @@ class MetaTrainingRun:
         state = self.rule_for(total_steps).init(cast("Any", parameters))
         return Slot(task_seed, task, generator, parameters, state, 0, horizon, total_steps)
 
+    def any_task(self) -> Task:
+        """One of the tasks in progress, for what they have in common."""
+        return self.slots[0].task
+
     def advance(self) -> float:
-        """One truncation of one task and one meta-update; returns the weighted meta-loss."""
+        """One truncation of ``tasks_per_step`` tasks and one meta-update; returns the mean of their weighted meta-losses.
+
+        All processes keep the books of all tasks, and draw the same numbers; each advances its share of the tasks.
+        """
         settings, iteration = self.settings, len(self.losses)
-        place = iteration % settings.slots
-        slot = self.slots[place]
-        rule = self.rule_for(slot.total_steps)
-        if settings.estimator == "pes":
-            loss, found = persistent_evolution(slot, rule, settings, self.parameters, self.generator)
-        else:
-            loss, found = backpropagated(slot, rule, settings, self.parameters)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found]))
+        first = iteration * settings.tasks_per_step
+        places = [(first + number) % settings.slots for number in range(settings.tasks_per_step)]
+        total, found = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in self.parameters]
+        for place in places:
+            fresh = self.draw_noise() if settings.estimator == "pes" else []
+            slot = self.slots[place]
+            if place % processes() != rank():
+                slot.age += settings.unroll
+                continue
+            rule = self.rule_for(slot.total_steps)
+            if settings.estimator == "pes":
+                loss, gradients = persistent_evolution(slot, rule, settings, self.parameters, fresh)
+            else:
+                loss, gradients = backpropagated(slot, rule, settings, self.parameters)
+            total += loss / len(places)
+            found = [a + b / len(places) for a, b in zip(found, gradients, strict=True)]
+        (total, *found) = summed([total.to(found[0].device), *found])
+        self.losses.append(self.step(total.item(), found, age=self.slots[places[-1]].age))
+        for place in places:
+            if self.slots[place].age >= self.slots[place].horizon:
+                self.slots[place] = self.fresh_slot()
+        return self.losses[-1]
+
+    def draw_noise(self) -> list[Tensor]:
+        """One move of the meta-parameters."""
+        draws = [torch.randn(p.shape, generator=self.generator, dtype=p.dtype) for p in self.parameters]
+        return [self.settings.noise * draw.to(p.device) for draw, p in zip(draws, self.parameters, strict=True)]
+
+    def step(self, loss: float, gradients: list[Tensor], *, age: int) -> float:
+        """One Adam step on the meta-parameters, if all numbers are finite; returns the loss."""
+        settings, iteration = self.settings, len(self.losses)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise FloatingPointError(
                 f"meta-training must keep its loss and gradient finite, got meta-loss {loss:.4g} and gradient norm "
-                f"{norm.item():.4g} in iteration {iteration + 1} (task age {slot.age}); start a new run with a lower "
+                f"{norm.item():.4g} in iteration {iteration + 1} (task age {age}); start a new run with a lower "
                 "learning_rate or unroll, or with another seed"
             )
         factor = min(1.0, settings.gradient_clip / max(norm.item(), 1e-12))
-        for p, g in zip(self.parameters, found, strict=True):
+        for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g * factor
         for group in self.adam.param_groups:
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
         self.adam.step()
         self.adam.zero_grad()
-        if slot.age >= slot.horizon:
-            self.slots[place] = self.fresh_slot()
-        self.losses.append(loss)
-        return self.losses[-1]
+        return loss
 
 
 def _recent(losses: list[float], count: int = 20) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchopt import pytree
 
+from metarobust._processes import processes
 from metarobust._tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -33,7 +34,14 @@ def save_run(path: Path, run: "MetaTrainingRun") -> None:
         "format": FORMAT,
         "settings": _settings(run),
         "slots": [
-            {"task_seed": s.task_seed, "age": s.age, "horizon": s.horizon, "total_steps": s.total_steps} for s in run.slots
+            {
+                "task_seed": s.task_seed,
+                "age": s.age,
+                "horizon": s.horizon,
+                "total_steps": s.total_steps,
+                "mirrored": s.mirror is not None,
+            }
+            for s in run.slots
         ],
     }
     write_tensors(path, tensors, header)
@@ -65,8 +73,7 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         slot = run.slot_from_seed(saved["task_seed"], saved["horizon"], saved["total_steps"])
         slot.age = saved["age"]
         slot.generator.set_state(tensors[f"slot.{i}.generator"])
-        mirrored = run.settings.estimator == "pes" and slot.age > 0
-        mirror, noise = ((slot.parameters, slot.state), tuple(run.parameters)) if mirrored else (None, None)
+        mirror, noise = ((slot.parameters, slot.state), tuple(run.parameters)) if saved["mirrored"] else (None, None)
         leaves, structure = pytree.tree_flatten(cast("Any", (slot.parameters, slot.state, mirror, noise)))
         if f"slot.{i}.{len(leaves)}" in tensors or f"slot.{i}.{len(leaves) - 1}" not in tensors:
             raise ValueError(f"checkpoint {path} must come from the same tasks, got other tensors; use another path")
@@ -81,4 +88,8 @@ def _leaves(tree: Any) -> list[Tensor]:
 
 
 def _settings(run: "MetaTrainingRun") -> dict[str, Any]:
-    return asdict(run.settings) | {f"meta_optimizer.{k}": v for k, v in run.meta_optimizer.settings.items()}
+    return (
+        asdict(run.settings)
+        | {"processes": processes()}
+        | {f"meta_optimizer.{k}": v for k, v in run.meta_optimizer.settings.items()}
+    )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metarobust import _checks
 from metarobust._checks import choice, finite, integer, message, require
+from metarobust._processes import like_rank_0
 from metarobust.attacks._common import buffers_kept
 from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import as_tensors, digest
@@ -16,7 +17,6 @@ from metarobust.meta_weighters._branches import Branches, Call, Points, evaluati
 from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassStatistics, training_characteristics
 from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, published_attack
 from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
-from metarobust.meta_weighters._joint import like_rank_0
 from metarobust.meta_weighters._meta_step import routed
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._optimizer_state import optimizer_state, restore_optimizer

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from metarobust import _checks
 from metarobust._checks import message, require
+from metarobust._processes import summed
 from metarobust.losses import cross_entropy
-from metarobust.meta_weighters._joint import summed
 
 CHARACTERISTICS = ("loss", "class_loss", "gradient_norm", "margin", "negative_entropy", "class_share")
 """The names of the six columns of `training_characteristics`, in their order."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.func import jvp
 
 from metarobust._checks import choice, finite, integer, message, require
-from metarobust.dro import processes
-from metarobust.meta_weighters._joint import joint_size, summed
+from metarobust._processes import processes, summed
+from metarobust.meta_weighters._joint import joint_size
 from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import finite, message
+from metarobust._processes import summed
 from metarobust.meta_weighters._hypergradient import BranchLosses, MetaLoss
 from metarobust.meta_weighters._hypergradient import hypergradient as differentiate
-from metarobust.meta_weighters._joint import summed
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
