@@ -232,6 +232,19 @@ def summary(out: str) -> None:
                     gained = f" ({min(below):+.1f} to {max(below):+.1f})" if below and name != "TRADES" else ""
                     cells.append(f"{statistics.mean(errors.values()):.1f}{gained}" if errors else "")
                 print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\nWorst class at least 5 points below TRADES, average at most 1 point above, means over seeds:\n")
+    for (data, scenario, name), runs in sorted(found.items()):
+        base = found.get((data, scenario, "TRADES"), [])
+        if base and name != "TRADES":
+            worst, average = (_mean_robust(base, part) - _mean_robust(runs, part) for part in ("worst", "average"))
+            known = [run["auroc"] for run in runs if run["auroc"] is not None]
+            area = f", AUROC {statistics.mean(known):.3f}" if known else ""
+            if worst >= 5 and average >= -1:
+                print(f"{data}, {scenario}: {name}, worst class {-worst:+.1f}, average {-average:+.1f}{area}")
+
+
+def _mean_robust(runs: list[dict[str, Any]], part: str) -> float:
+    return statistics.mean(100 * run["errors"]["robust"][part] for run in runs)
 
 
 def print_rows(title: str, rows: dict[str, list[dict[str, Any]]]) -> None:
