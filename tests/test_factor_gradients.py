@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarobust.meta_optimizers import factor_gradients, record_factors
-from metarobust.models import Normalize, cnn, mlp, stack
+from metarobust.models import Normalize, cnn, mlp, residual_network, stack
 from metarobust.threat_models import ThreatModel
 
 THREAT_MODEL = ThreatModel(norm="linf", epsilon=0.1)
@@ -141,6 +141,33 @@ def test_in_place_activation_changes_nothing() -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_branches_see_the_whole_gradient_of_the_tensor_they_share() -> None:
+    """The first convolution of a residual block and its shortcut read one tensor; its worst case is that of both paths."""
+    torch.manual_seed(0)
+    model = residual_network([4, 8]).double()
+    x, y = torch.rand(3, 1, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2])
+    _, g, h = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL)
+    named = dict(zip((name for name, _ in model.named_parameters()), h, strict=True))
+    block = model.blocks[0]
+    shared = model.norm(model.convolution(x)).relu().detach().requires_grad_()
+    d = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, name=name: d.__setitem__(name, out))
+        for name, layer in (("convolution_1", block.convolution_1), ("shortcut", block.shortcut))
+    ]
+    loss = F.cross_entropy(model.linear(block(shared).mean((2, 3))), y)
+    for hook in hooks:
+        hook.remove()
+    whole, *outputs = torch.autograd.grad(loss, [shared, *d.values()])
+    e = shared.detach().abs().mean() * whole.sign()
+    for (name, _), output in zip(d.items(), outputs, strict=True):
+        layer = getattr(block, name)
+        (expected,) = torch.autograd.grad(layer(e), layer.weight, output)
+        torch.testing.assert_close(named[f"blocks.0.{name}.weight"], expected)
+    assert not named["norm.weight"].any(), "gains get no term"
+    assert all(gradient.isfinite().all() for gradient in g)
 
 
 def test_a_shared_layer_sums_its_calls() -> None:

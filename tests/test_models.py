@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metarobust.models import Normalize, cnn, mlp, stack
+from metarobust.models import Normalize, cnn, mlp, residual_network, stack
 
 COPIES, BATCH = 3, 4
 
@@ -39,6 +39,7 @@ def randomised(build, copies=COPIES):
         (lambda: mlp([64, 10]), 650),
         (lambda: cnn([8, 16]), 3818),
         (lambda: cnn([8, 16], image_size=32, image_channels=3, classes=5), 8 * 28 + 16 * 73 + 5 * (16 * 16 * 16 + 1)),
+        (lambda: residual_network([8, 16]), 72 + 16 + (1152 + 32 + 2304 + 32 + 128) + 170),
     ],
 )
 def test_parameter_counts(build, count):
@@ -50,11 +51,30 @@ def test_cnn_halves_the_image_at_each_later_convolution_rounding_up(size):
     assert cnn([2, 3, 4], image_size=size)(torch.zeros(2, 1, size, size)).shape == (2, 10)
 
 
+def test_a_residual_block_is_its_branch_beside_its_shortcut():
+    torch.manual_seed(0)
+    network = residual_network([4, 8], image_channels=3).double()
+    block, x = network.blocks[0], torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    with torch.no_grad():
+        block.norm_2.weight.zero_()
+        block.norm_2.bias.fill_(-0.25)
+    torch.testing.assert_close(block(x), (block.shortcut(x) - 0.25).relu())
+    with torch.no_grad():
+        block.norm_2.reset_parameters()
+        block.shortcut.weight.zero_()
+    inner = block.norm_1(block.convolution_1(x)).relu()
+    torch.testing.assert_close(block(x), block.norm_2(block.convolution_2(inner)).relu())
+    pixels = torch.rand(2, 3, 7, 7, dtype=torch.float64)
+    features = block(network.norm(network.convolution(pixels)).relu())
+    torch.testing.assert_close(network(pixels), network.linear(features.flatten(2).mean(2)))
+
+
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_small_networks_take_images_and_give_logits(batch):
     x = torch.rand(batch, 1, 8, 8)
     assert mlp([64, 16, 10])(x).shape == (batch, 10)
     assert cnn([8, 16])(x).shape == (batch, 10)
+    assert residual_network([8, 16])(x).shape == (batch, 10)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +83,9 @@ def test_small_networks_take_images_and_give_logits(batch):
         (lambda: mlp([64]), ValueError, "sizes must be at least an input and an output width, got [64]"),
         (lambda: mlp([64, 0, 10]), ValueError, "sizes must be an integer >= 1, got 0"),
         (lambda: mlp([64, 1.5]), TypeError, "sizes must be an integer >= 1, got 1.5"),
+        (lambda: residual_network([]), ValueError, "channels must be at least the width of the first convolution, got []"),
+        (lambda: residual_network([8, 6]), ValueError, "channels must be multiples of groups (=4), got [8, 6]"),
+        (lambda: residual_network([8], groups=0), ValueError, "groups must be an integer >= 1, got 0"),
         (lambda: cnn([]), ValueError, "channels must be at least one convolution, got []"),
         (lambda: Normalize([0.5, 0.5], [1.0]), ValueError, "std must be as long as mean (=2), got 1"),
         (lambda: Normalize([], []), ValueError, "std must be as long as mean (=0), got 0"),
@@ -137,6 +160,7 @@ ARCHITECTURES = {
     "group_norm_without_parameters": (lambda: nn.GroupNorm(2, 4, affine=False), IMAGES),
     "mlp": (lambda: mlp([5, 7, 3]), (5,)),
     "cnn": (lambda: cnn([8, 16]), (1, 8, 8)),
+    "residual": (lambda: residual_network([4, 8, 6], groups=2), (1, 8, 8)),
     "nested": (
         lambda: nn.Sequential(
             Normalize([0.5] * 4, [0.2] * 4),

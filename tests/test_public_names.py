@@ -130,7 +130,7 @@ PUBLIC_NAMES = {
         "training_characteristics",
         "virtual_update",
     ],
-    "metarobust.models": ["Normalize", "cnn", "mlp", "stack"],
+    "metarobust.models": ["Normalize", "cnn", "mlp", "residual_network", "stack"],
     "metarobust.objectives": [
         "ARMOR",
         "MART",
