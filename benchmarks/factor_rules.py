@@ -5,12 +5,13 @@
 
 A layer's weight gradient is the product of its input a and the gradient d at its output. Training on the adversarial example x'
 takes both from x', a' and d'. The rows mix them: a' with d, a with d', both; "the hand-set rule" and the "balanced" moves
-estimate a' from the pass at x alone. A balanced move is sized for each example so that every layer sees the same first-order rise of the
-loss as the input does under its worst move, 1.5 epsilon here: along the sign of the gradient, along the gradient, or along the
-sign in proportion to |a|. Digits: a CNN 8-16, 100 training images, 200 steps. Fashion-MNIST: a residual network 8-16-32 with group
-normalisation, 2,000 training images, 400 steps, the learning rate falling to zero. Adam at 0.003 for all rows, l_inf 0.1; judged
-on 400 (300) images that are neither training nor test images by PGD-30 on cross-entropy and on the margin, worst of both. Passes
-of a step: a forward pass, a backward pass in the inputs, and one in the weights count a third each.
+estimate a' from the pass at x alone. A balanced move is sized for each example so that every layer sees the same first-order
+rise of the loss as the input does under its worst move, 1.5 epsilon here: along the sign of the gradient, along the gradient,
+or along the sign in proportion to |a|. Digits: a CNN 8-16, 100 training images, 200 steps. Fashion-MNIST: a residual network
+8-16-32 with group normalisation, 2,000 training images, 400 steps, the learning rate falling to zero. Adam at 0.003 for all
+rows, l_inf 0.1; judged on 400 (300) images that are neither training nor test images by PGD-30 on cross-entropy and on the
+margin, worst of both. Passes of a step: a forward pass, a backward pass in the inputs, and one in the weights count a third
+each.
 """
 
 import argparse
