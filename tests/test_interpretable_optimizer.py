@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torchopt
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarobust.meta_optimizers import ROLES, InterpretableOptimizer, combine_factors, gradients_only
 from metarobust.meta_optimizers._interpretable import LOG_SPEED, TERMS
+from metarobust.meta_optimizers._layout import layout_of
 from metarobust.types import Streams
 
 
@@ -59,7 +60,8 @@ def test_two_steps_of_every_tensor_by_hand() -> None:
             m[i], v[i] = 0.9 * m[i] + 0.1 * u, 0.999 * v[i] + 0.001 * u * u
             mean, second = m[i] / (1 - 0.9**step), v[i] / (1 - 0.999**step)
             expected = told["adam"] * mean / (second.sqrt() + 1e-8) + told["momentum"] * mean
-            expected = expected + told["l2"] * p + told["l1"] * torch.tanh(10 * math.sqrt(FAN_IN[i]) * p)
+            reach = 10 * math.sqrt(FAN_IN[i])
+            expected = expected + told["l2"] * p + told["l1"] * reach * p / (1 + reach * p.abs())
             torch.testing.assert_close(moves[i], -expected, rtol=1e-6, atol=1e-12)
         params = tuple(p + move.detach() for p, move in zip(params, moves, strict=True))
 
@@ -114,6 +116,48 @@ def test_gradients_in_the_coefficients_against_central_differences(source: str) 
         slope = (gradient * direction).sum().item()
         assert abs(slope) > 1e-4
         assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["gradient", "gradient+perturbed_factors"])
+def test_steps_in_place_equal_the_transformation(source: str) -> None:
+    rule = rule_with(4, gradient_source=source)
+    transformation = rule.as_gradient_transformation(total_steps=6)
+    params, state = start(), transformation.init(start())
+    mine = [p.clone() for p in params]
+    layout = layout_of(tuple(p.shape for p in params), False)
+    own = rule.initial_state(layout.pack(params))
+    for step in range(6):
+        found = streams(params, step)
+        moves, state = transformation.update(found if rule.two_streams else found.gradients, state, params=params)
+        params = tuple(p + 0.5 * move.detach() for p, move in zip(params, moves, strict=True))
+        kept = [g.clone() for g in found.gradients]
+        seconds = found.perturbed_factors if rule.two_streams else None
+        own = rule.step_in_place(mine, found.gradients, seconds, own, layout, total_steps=6, lr=0.5)
+        assert all(torch.equal(a, b) for a, b in zip(kept, found.gradients, strict=True)), "gradients are the user's"
+        for a, b in zip(mine, params, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(own.momentum, state.momentum.detach())
+    torch.testing.assert_close(own.square, state.square.detach())
+    assert int(own.step) == 6
+
+
+def test_a_model_of_another_precision_takes_the_same_steps() -> None:
+    """Half precision goes through the rule's own: same path as rounding the parameters after each step."""
+    rule = rule_with(4, gradient_source="gradient").float()
+    half = nn.Linear(4, 3).to(torch.bfloat16)
+    full = [p.detach().float() for p in half.parameters()]
+    optimizer = rule.torch_optimizer(half.parameters(), total_steps=6)
+    twin = rule.torch_optimizer([p.requires_grad_() for p in full], total_steps=6)
+    for step in range(3):
+        for p, q in zip(half.parameters(), full, strict=True):
+            p.grad = torch.sin(q.detach() + step).to(torch.bfloat16)
+            q.grad = p.grad.float()
+        optimizer.step()
+        twin.step()
+        with torch.no_grad():
+            for p, q in zip(half.parameters(), full, strict=True):
+                torch.testing.assert_close(p.float(), q.detach(), rtol=1e-2, atol=1e-2)
+                q.copy_(p.float())
 
 
 def test_coefficients_are_log_linear_in_time_and_in_fan_in() -> None:

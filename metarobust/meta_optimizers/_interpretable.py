@@ -1,9 +1,11 @@
 """A learned update rule that can be read: a few named terms, with coefficients by tensor role and relative time."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
@@ -11,7 +13,13 @@ from metarobust._checks import choice, finite, integer
 from metarobust._tensors import tree_detach
 from metarobust.meta_optimizers._features import FAST, SECOND, root, time_basis
 from metarobust.meta_optimizers._layout import ROLES, Layout
-from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, GRADIENT_SOURCES, checked_streams, shift_coefficients
+from metarobust.meta_optimizers._update_rule import (
+    COEFFICIENT_SPEED,
+    GRADIENT_SOURCES,
+    LARGEST,
+    checked_streams,
+    shift_coefficients,
+)
 
 TERMS = ("adam", "momentum", "l2", "l1")
 INITIAL = {"momentum": 1e-3, "l2": 1e-6, "l1": 1e-6}
@@ -20,7 +28,7 @@ LOG_SPEED = 4.0
 """Logarithms of coefficients are stored divided by this: within some hundred steps of 0.005 they may cross several decades."""
 TYPICAL_FAN_IN = 64.0
 SHRINK_SCALE = 10.0
-"""The L1 term acts in full on weights beyond 1/10 of the size at which a layer is initialised, and fades out below."""
+"""The L1 term has half its strength on weights of 1/10 of the size at which a layer is initialised, and fades out below."""
 
 
 class InterpretableState(NamedTuple):
@@ -49,7 +57,7 @@ class InterpretableOptimizer(nn.Module):
     r"""A learned update rule of four terms on the combined stream :math:`u = g + c_r(\tau)\, h`,
 
     .. math:: \Delta\theta = -\alpha_r(\tau) \frac{\hat m}{\sqrt{\hat v}} - \beta_r(\tau)\, \hat m - \lambda_r(\tau)\, \theta
-              - \mu_r(\tau) \tanh\left(10 \sqrt{n}\, \theta\right),
+              - \mu_r(\tau) \frac{10 \sqrt{n}\, \theta}{1 + 10 \sqrt{n}\, |\theta|},
 
     with Adam's bias-corrected running means :math:`\hat m` of u and :math:`\hat v` of its square, and the fan-in n of the tensor:
     Adam, momentum SGD, weight decay, and an L1 penalty that fades out near zero. The coefficients of a term are
@@ -115,8 +123,7 @@ class InterpretableOptimizer(nn.Module):
 
     def initial_state(self, rows: Tensor) -> InterpretableState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""
-        zero = torch.zeros_like(rows)
-        return InterpretableState(zero, zero, torch.zeros((), dtype=torch.int64))
+        return InterpretableState(torch.zeros_like(rows), torch.zeros_like(rows), torch.zeros((), dtype=torch.int64))
 
     def step(
         self,
@@ -143,8 +150,45 @@ class InterpretableOptimizer(nn.Module):
         ):
             rate, drift, decay, shrink = terms[:, number].to(g.dtype)
             reach = SHRINK_SCALE * layout.roles[number].fan_in ** 0.5
-            pieces.append(-(rate * direction + drift * slow + decay * weight + shrink * (reach * weight).tanh()))
+            pieces.append(-(rate * direction + drift * slow + decay * weight + shrink * F.softsign(reach * weight)))
         return torch.cat(pieces, dim=1), InterpretableState(momentum, square, state.step + 1)
+
+    @torch.no_grad()
+    def step_in_place(
+        self,
+        parameters: Sequence[Tensor],
+        g: Sequence[Tensor],
+        h: Sequence[Tensor] | None,
+        state: InterpretableState,
+        layout: Layout,
+        *,
+        total_steps: int,
+        lr: float,
+    ) -> InterpretableState:
+        """`step` times ``lr``, written into ``parameters`` and into the tensors of ``state``: no graph, no copies of either.
+
+        For tensors of the rule's own dtype; equal to `step` up to rounding.
+        """
+        step = int(state.step) + 1
+        terms, factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))
+        first, second = 1 - FAST**step, 1 - SECOND**step
+        moments = (state.momentum.view(-1).split(layout.sizes), state.square.view(-1).split(layout.sizes))
+        rows = zip(parameters, g, *moments, terms.T.tolist(), layout.roles, strict=True)
+        for number, (p, gradient, momentum, square, (rate, drift, decay, shrink), role) in enumerate(rows):
+            u = gradient if h is None or factors is None else torch.add(gradient, h[number], alpha=float(factors[number]))
+            u = u.clamp(-LARGEST, LARGEST) if u is gradient else u.clamp_(-LARGEST, LARGEST)
+            mean, mean_square = momentum.view(p.shape), square.view(p.shape)
+            mean.lerp_(u, 1 - FAST)
+            mean_square.mul_(SECOND).addcmul_(u, u, value=1 - SECOND)
+            scale = torch.sqrt(mean_square, out=u).div_(math.sqrt(second)).add_(1e-8)
+            reach = SHRINK_SCALE * role.fan_in**0.5
+            below = p.abs().mul_(reach).add_(1)
+            update = torch.div(p, below, out=below).mul_(-lr * shrink * reach)
+            update.add_(p, alpha=-lr * decay).addcdiv_(mean, scale, value=-lr * rate / first).add_(
+                mean, alpha=-lr * drift / first
+            )
+            p.add_(update)
+        return InterpretableState(state.momentum, state.square, state.step + 1)
 
     @torch.no_grad()
     def coefficients(self, *, role: str, fan_in: int, time: float) -> dict[str, float]:

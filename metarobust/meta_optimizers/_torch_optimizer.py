@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metarobust._checks import finite, integer, message
 from metarobust.meta_optimizers._factor_gradients import belongs_to_gradient
+from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.threat_models import ThreatModel
@@ -72,17 +73,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params: list[Tensor] = group["params"]
         layout = layout_of(tuple(p.shape for p in params), False)
         own = next(self.meta_optimizer.parameters())  # the rule computes in its own precision, whatever the model's
-        g = layout.pack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).to(own.dtype)
-        h = None
-        if self.meta_optimizer.two_streams:
-            h = layout.pack([self._second_stream(p) for p in params]).to(own.dtype)
-        rows = layout.pack(params).to(own.dtype)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        seconds = [self._second_stream(p) for p in params] if self.meta_optimizer.two_streams else None
         # The state of a group sits under its first parameter, where `state_dict` of torch.optim looks for it.
         holder = self.state[params[0]]
         if not holder:
-            holder.update(self.meta_optimizer.initial_state(rows).to_dict())
+            holder.update(self.meta_optimizer.initial_state(layout.pack(params).to(own.dtype)).to_dict())
         state: Any = self.meta_optimizer.State.from_dict(holder)
-        updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=group["total_steps"])
+        total_steps = group["total_steps"]
+        if isinstance(self.meta_optimizer, InterpretableOptimizer) and all(p.dtype == own.dtype for p in params):
+            state = self.meta_optimizer.step_in_place(
+                params, gradients, seconds, state, layout, total_steps=total_steps, lr=group["lr"]
+            )
+            holder.update(state.to_dict())
+            return
+        g = layout.pack(gradients).to(own.dtype)
+        h = None if seconds is None else layout.pack(seconds).to(own.dtype)
+        rows = layout.pack(params).to(own.dtype)
+        updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=total_steps)
         holder.update(state.to_dict())
         for p, update in zip(params, layout.unpack(updates), strict=True):
             p.add_(update.to(p.dtype), alpha=group["lr"])
