@@ -62,7 +62,7 @@ class Train:
     meta_every: int | None = None
     """caat, meta-weight-net: steps from one meta-step to the next. Default: 5 for caat, 1 for meta-weight-net."""
     routing: Literal["hard", "soft"] | None = None
-    """caat: one branch for each example, or all of them with weights, at twice the cost of the attack. Default: soft."""
+    """caat: one branch for each example, or all of them with weights, at twice the cost and more. Default: soft."""
     anti_factor: float | None = None
     """caat: how many times as far anti-adversaries may move as adversaries. Default: 4."""
     bound: Literal["fixed", "gradient", "remargin", "learned"] | None = None
