@@ -1,13 +1,12 @@
 """A learned update rule that can be read: a few named terms, with coefficients by tensor role and relative time."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchopt.base import GradientTransformation
 
 from metarobust._checks import choice, finite, integer
 from metarobust._tensors import tree_detach
@@ -17,8 +16,8 @@ from metarobust.meta_optimizers._update_rule import (
     COEFFICIENT_SPEED,
     GRADIENT_SOURCES,
     LARGEST,
+    UpdateRule,
     checked_streams,
-    shift_coefficients,
 )
 
 TERMS = ("adam", "momentum", "l2", "l1")
@@ -53,7 +52,7 @@ class InterpretableState(NamedTuple):
         return cls(found["momentum"], found["square"], torch.as_tensor(found["step"], dtype=torch.int64))
 
 
-class InterpretableOptimizer(nn.Module):
+class InterpretableOptimizer(UpdateRule):
     r"""A learned update rule of four terms on the combined stream :math:`u = g + c_r(\tau)\, h`,
 
     .. math:: \Delta\theta = -\alpha_r(\tau) \frac{\hat m}{\sqrt{\hat v}} - \beta_r(\tau)\, \hat m - \lambda_r(\tau)\, \theta
@@ -103,23 +102,6 @@ class InterpretableOptimizer(nn.Module):
         self.factor_coefficient = nn.Parameter(torch.zeros(len(ROLES), 3)) if self.two_streams else None
 
     initial: Tensor
-
-    def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
-        """This rule as a TorchOpt ``GradientTransformation``; see `LSTMOptimizer.as_gradient_transformation`."""
-        integer("total_steps", total_steps, least=1)
-        from metarobust.meta_optimizers._transformation import transformation
-
-        return transformation(self, total_steps=total_steps, stacked=stacked)
-
-    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> torch.optim.Optimizer:
-        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
-        from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
-
-        return LearnedOptimizer(params, self, total_steps=total_steps, lr=lr)
-
-    def shift_factor_coefficients(self, *, first: float, others: float) -> None:
-        """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
-        shift_coefficients(self, first=first, others=others)
 
     def initial_state(self, rows: Tensor) -> InterpretableState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""
@@ -171,11 +153,12 @@ class InterpretableOptimizer(nn.Module):
         """
         step = int(state.step) + 1
         terms, factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))
+        coefficients = [] if factors is None else factors.tolist()  # one transfer from a GPU, not one per tensor
         first, second = 1 - FAST**step, 1 - SECOND**step
         moments = (state.momentum.view(-1).split(layout.sizes), state.square.view(-1).split(layout.sizes))
         rows = zip(parameters, g, *moments, terms.T.tolist(), layout.roles, strict=True)
         for number, (p, gradient, momentum, square, (rate, drift, decay, shrink), role) in enumerate(rows):
-            u = gradient if h is None or factors is None else torch.add(gradient, h[number], alpha=float(factors[number]))
+            u = gradient if h is None else torch.add(gradient, h[number], alpha=coefficients[number])
             u = u.clamp(-LARGEST, LARGEST) if u is gradient else u.clamp_(-LARGEST, LARGEST)
             mean, mean_square = momentum.view(p.shape), square.view(p.shape)
             mean.lerp_(u, 1 - FAST)

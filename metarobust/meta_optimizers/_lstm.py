@@ -1,19 +1,17 @@
 """The coordinatewise LSTM meta-optimizer: one small recurrent network, shared by all coordinates of all tensors."""
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torchopt.base import GradientTransformation
 
 from metarobust._checks import choice, finite, integer, require
 from metarobust._tensors import tree_detach
 from metarobust.meta_optimizers import _features as features
 from metarobust.meta_optimizers._features import Moments
 from metarobust.meta_optimizers._layout import ROLES, Layout
-from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, GRADIENT_SOURCES, checked_streams, shift_coefficients
+from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, GRADIENT_SOURCES, UpdateRule, checked_streams
 
 BASES = ("adam", "none")
 
@@ -46,7 +44,7 @@ class LSTMState(NamedTuple):
         return cls(found["hidden"], found["cell"], moments, torch.as_tensor(found["step"], dtype=torch.int64))
 
 
-class LSTMOptimizer(nn.Module):
+class LSTMOptimizer(UpdateRule):
     r"""A learned update rule, applied to every coordinate alike (Andrychowicz et al., 2016; Serban et al., 2020).
 
     With ``base="adam"`` the network corrects an Adam step on the combined stream :math:`g + c h`,
@@ -153,31 +151,6 @@ class LSTMOptimizer(nn.Module):
             base="none",
             output_scale=0.01,
         )
-
-    def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
-        """This rule as a TorchOpt ``GradientTransformation``, for its wrappers, chains, clipping and schedules.
-
-        ``update`` takes a tree of gradients, or :class:`metarobust.types.Streams` when the rule reads two, and needs
-        ``params``. It never writes in place and keeps the graph to this module's parameters and to its inputs.
-
-        Args:
-            total_steps: the number of steps planned, T; relative time is clipped at 1.
-            stacked: whether the first axis of every tensor counts independent copies (see ``metarobust.models.stack``).
-        """
-        integer("total_steps", total_steps, least=1)
-        from metarobust.meta_optimizers._transformation import transformation
-
-        return transformation(self, total_steps=total_steps, stacked=stacked)
-
-    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> torch.optim.Optimizer:
-        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
-        from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
-
-        return LearnedOptimizer(params, self, total_steps=total_steps, lr=lr)
-
-    def shift_factor_coefficients(self, *, first: float, others: float) -> None:
-        """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
-        shift_coefficients(self, first=first, others=others)
 
     def initial_state(self, rows: Tensor) -> LSTMState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""

@@ -1,11 +1,13 @@
-"""What the learned update rules share: the streams they read, and the coefficients of the second one."""
+"""What the learned update rules share: the streams they read, the coefficients of the second one, the forms they take."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchopt.base import GradientTransformation
 
-from metarobust._checks import require
+from metarobust._checks import integer, require
 from metarobust.meta_optimizers._layout import ROLES
 
 GRADIENT_SOURCES = ("gradient", "gradient+perturbed_factors")
@@ -29,15 +31,43 @@ def checked_streams(rule: Any, g: Tensor, h: Tensor | None) -> tuple[Tensor, Ten
     return g.clamp(-LARGEST, LARGEST), None if h is None else h.clamp(-LARGEST, LARGEST)
 
 
-@torch.no_grad()
-def shift_coefficients(rule: Any, *, first: float, others: float) -> None:
-    """Add constants to the stored coefficients ``[roles, time]`` of h: one for first layers, one for the other weights."""
-    require(
-        rule.factor_coefficient is not None,
-        "gradient_source",
-        "'gradient+perturbed_factors' for a rule with factor coefficients",
-        repr(rule.gradient_source),
-    )
-    for role, name in enumerate(ROLES):
-        if name not in ("bias", "normalisation"):
-            rule.factor_coefficient[role, 0] += (first if name.startswith("first") else others) / COEFFICIENT_SPEED
+class UpdateRule(nn.Module):
+    """What every learned update rule can become, and how its coefficients of the second stream are shifted."""
+
+    gradient_source: str
+    factor_coefficient: nn.Parameter | None
+
+    def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
+        """This rule as a TorchOpt ``GradientTransformation``, for its wrappers, chains, clipping and schedules.
+
+        ``update`` takes a tree of gradients, or :class:`metarobust.types.Streams` when the rule reads two, and needs
+        ``params``. It never writes in place and keeps the graph to this module's parameters and to its inputs.
+
+        Args:
+            total_steps: the number of steps planned, T; relative time is clipped at 1.
+            stacked: whether the first axis of every tensor counts independent copies (see ``metarobust.models.stack``).
+        """
+        integer("total_steps", total_steps, least=1)
+        from metarobust.meta_optimizers._transformation import transformation
+
+        return transformation(cast("Any", self), total_steps=total_steps, stacked=stacked)
+
+    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> torch.optim.Optimizer:
+        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
+        from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
+
+        return LearnedOptimizer(params, cast("Any", self), total_steps=total_steps, lr=lr)
+
+    @torch.no_grad()
+    def shift_factor_coefficients(self, *, first: float, others: float) -> None:
+        """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
+        require(
+            self.factor_coefficient is not None,
+            "gradient_source",
+            "'gradient+perturbed_factors' for a rule with factor coefficients",
+            repr(self.gradient_source),
+        )
+        assert self.factor_coefficient is not None
+        for role, name in enumerate(ROLES):
+            if name not in ("bias", "normalisation"):
+                self.factor_coefficient[role, 0] += (first if name.startswith("first") else others) / COEFFICIENT_SPEED
