@@ -3,10 +3,6 @@
 ``build`` gives the same runs to the tests, which repeat them in one process.
 """
 
-import os
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import two_processes
 from torch import Tensor, distributed, nn
 
 from metarobust.attacks import FGSM, PGD
@@ -212,19 +209,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    # Python 3.12 and later warn of threads where a process forks; these are idle ones of a linear algebra library.
-    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-    # The first optimizer imports slow parts of torch: here once, and not in every child.
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()
-    children = []
-    for rank in range(2):
-        if (pid := os.fork()) == 0:
-            try:
-                main(folder, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(pid)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+    two_processes.run(main)

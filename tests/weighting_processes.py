@@ -1,13 +1,10 @@
 """Two processes that learn one weighting over gloo; ``python weighting_processes.py FOLDER`` writes what each of them found."""
 
-import os
-import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import two_processes
 from torch import Tensor, distributed, nn
 from torch.func import functional_call
 
@@ -114,18 +111,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    # Python 3.12 and later warn of threads where a process forks; these are idle ones of a linear algebra library.
-    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # imports slow parts of torch once, before the fork
-    children = []
-    for rank in range(2):
-        if (pid := os.fork()) == 0:
-            try:
-                main(folder, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(pid)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+    two_processes.run(main)
