@@ -53,6 +53,7 @@ RULES = {
     "no base": Rule(lambda: LSTMOptimizer(gradient_source="gradient", base="none"), False, False),
     "serban2020": Rule(LSTMOptimizer.serban2020, False, False),
     "interpretable": Rule(InterpretableOptimizer, True, True),
+    "interpretable, estimate": Rule(lambda: InterpretableOptimizer(gradient_source="gradient+adversarial_estimate"), True, True),
     "interpretable, one stream": Rule(lambda: InterpretableOptimizer(gradient_source="gradient"), False, True),
 }
 
@@ -178,7 +179,7 @@ def test_torch_optimizer_interface(rule: Rule) -> None:
     def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Tensor]:
         for _ in range(steps):
             optimizer.zero_grad()
-            with record_factors(model) as recorder:
+            with learned.record_factors(model) if learned.two_streams else record_factors(model) as recorder:
                 recorder.backward(F.cross_entropy(model(x), y))
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
@@ -424,13 +425,18 @@ def test_stale_second_stream_is_refused_and_a_foreign_threat_model_warned_of() -
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match="gradients that were computed without it"):
         optimizer.step()
-    learned.record["threat_model"] = repr(ThreatModel(epsilon=0.2))
+    learned.record["threat_models"] = {"norm": "linf", "epsilon": [0.2, 0.3], "box": [0.0, 1.0]}
     optimizer.zero_grad()
     with record_factors(model, threat_model=ThreatModel(epsilon=0.1)) as recorder:
         recorder.backward(F.cross_entropy(model(x), y))
-    with pytest.warns(UserWarning, match="was trained with ThreatModel"):
+    with pytest.warns(UserWarning, match="was trained with linf, epsilon 0.2 to 0.3"):
         optimizer.step()
     assert copy.deepcopy(optimizer).param_groups[0]["total_steps"] == 5
+    optimizer.zero_grad()
+    with record_factors(model, source="gradient+adversarial_estimate") as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    with pytest.raises(ValueError, match="source='gradient\\+perturbed_factors'"):
+        optimizer.step()
 
 
 def test_rule_computes_in_its_own_precision() -> None:

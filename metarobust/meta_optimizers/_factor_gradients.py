@@ -14,44 +14,32 @@ layer. The closest relatives are YOPO (Zhang et al., 2019, arXiv 1905.00877) and
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 
-from metarobust._checks import images, message, require
-from metarobust._tensors import norms, per_example
+from metarobust._checks import choice, images, message, require
+from metarobust._processes import processes, summed
+from metarobust._tensors import per_example
+from metarobust.meta_optimizers import _adversarial_estimate as estimate
+from metarobust.meta_optimizers._layer_calls import LAYERS, Factors, LayerCall, activation_scale, weight_gradient
 from metarobust.models import Normalize
-from metarobust.models._stacked import StackedConv2d, StackedLinear, convolution_weight_gradient
 from metarobust.threat_models import ThreatModel
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, StackedLinear, StackedConv2d)
+GRADIENT_SOURCES = ("gradient", "gradient+perturbed_factors", "gradient+adversarial_estimate")
+"""What an update rule reads: one stream, or one of the two second streams beside it."""
 
 
 class FactorGradients(NamedTuple):
-    """``loss`` and, one entry per parameter, the gradient and the perturbed-factor gradient (zero for biases and gains)."""
+    """``loss`` and, one entry per parameter, the gradient and the second stream."""
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
     perturbed_factor_gradients: tuple[Tensor, ...]
-
-
-@dataclass
-class _LayerCall:
-    """One call of one layer: where its gradients will appear, and the factor to perturb."""
-
-    layer: nn.Module
-    weight: Tensor
-    inputs: Tensor
-    input_edge: GradientEdge
-    output_edge: GradientEdge
-    first: bool
-    normalize: Normalize | None
-    normalized_shape: torch.Size
 
 
 class FactorRecorder:
@@ -60,9 +48,10 @@ class FactorRecorder:
     Made by :func:`record_factors`.
     """
 
-    def __init__(self, model: nn.Module, threat_model: ThreatModel) -> None:
-        self.model, self.threat_model = model, threat_model
-        self._calls: list[_LayerCall] = []
+    def __init__(self, model: nn.Module, threat_model: ThreatModel, source: str) -> None:
+        self.model, self.threat_model, self.source = model, threat_model, source
+        self._calls: list[LayerCall] = []
+        self._logits: Tensor | None = None
         self._normalized: tuple[Normalize, Tensor] | None = None
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -79,7 +68,7 @@ class FactorRecorder:
         inputs = args[0]
         if not output.requires_grad or not inputs.requires_grad:
             return
-        first = inputs.is_leaf or not self._calls
+        first = isinstance(layer, LAYERS) and (inputs.is_leaf or not self._calls)
         normalize, shape = None, inputs.shape
         if first and self._normalized is not None:
             module, normalized = self._normalized
@@ -87,7 +76,7 @@ class FactorRecorder:
             if inputs.untyped_storage().data_ptr() == normalized.untyped_storage().data_ptr():
                 normalize, shape = module, normalized.shape
         self._calls.append(
-            _LayerCall(
+            LayerCall(
                 layer,
                 cast("Tensor", layer.weight),
                 inputs,
@@ -99,6 +88,12 @@ class FactorRecorder:
                 shape,
             )
         )
+
+    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        good = isinstance(output, Tensor) and output.dim() == 2
+        require(good, "model", f"one that returns logits [batch, classes] for source {self.source!r}", shape)
+        self._logits = output
 
     def _after_normalize(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normalized = (cast("Normalize", layer), output)
@@ -123,49 +118,72 @@ class FactorRecorder:
             "call the model inside the block, under enabled gradients",
         )
         edges = [edge for call in self._calls for edge in (call.input_edge, call.output_edge)]
-        found = torch.autograd.grad(loss, cast("Any", [*targets, *edges]), create_graph=create_graph, allow_unused=True)
+        logits = [] if self._logits is None else [get_gradient_edge(self._logits)]
+        found = torch.autograd.grad(loss, cast("Any", [*targets, *logits, *edges]), create_graph=create_graph, allow_unused=True)
         gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(targets, found[: len(targets)], strict=True))
-        place = {id(p): i for i, p in enumerate(targets)}
-        perturbed: list[Tensor | None] = [None] * len(targets)
-        with torch.set_grad_enabled(create_graph):
-            factors = zip(self._calls, found[len(targets) :: 2], found[len(targets) + 1 :: 2], strict=True)
-            for call, input_gradient, output_gradient in factors:
-                index = place.get(id(call.weight))
-                if index is None or input_gradient is None or output_gradient is None:
-                    continue
-                h = self._perturbed(call, input_gradient, output_gradient)
-                before = perturbed[index]
-                perturbed[index] = h if before is None else before + h  # a shared weight sums its calls
-        return FactorGradients(
-            loss,
-            gradients,
-            tuple(torch.zeros_like(p) if h is None else h for p, h in zip(targets, perturbed, strict=True)),
-        )
+        begin = len(targets) + len(logits)
+        pairs = zip(self._calls, found[begin::2], found[begin + 1 :: 2], strict=True)
+        factors = [Factors(call, a, d) for call, a, d in pairs if a is not None and d is not None]
+        perturbed: dict[int, Tensor] = {}
+        with torch.set_grad_enabled(create_graph), torch.autocast(loss.device.type, enabled=False):
+            terms = self._scaled_terms(factors) if self._logits is None else self._estimated_terms(factors, found[begin - 1])
+            for p, h in terms:
+                before = perturbed.get(id(p))
+                perturbed[id(p)] = h if before is None else before + h  # a shared weight sums its calls
+        return FactorGradients(loss, gradients, tuple(perturbed.get(id(p), torch.zeros_like(p)) for p in targets))
 
     def backward(self, loss: Tensor) -> None:
         """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``."""
         targets = [p for p in self.model.parameters() if p.requires_grad]
-        result = self.gradients(loss, targets)
-        for p, g, h in zip(targets, result.gradients, result.perturbed_factor_gradients, strict=True):
+        _, gradients, seconds = self.gradients(loss, targets)
+        if isinstance(self.model, DistributedDataParallel):
+            gradients, seconds = ([s / processes() for s in summed(stream)] for stream in (gradients, seconds))
+        for p, g, h in zip(targets, gradients, seconds, strict=True):
             # The second stream accumulates only onto the very gradient it was filled with: after any kind of zero_grad, or a
             # plain backward in between, it starts afresh.
             if belongs_to_gradient(p, unchanged=True):
                 h = cast("Any", p).perturbed_factor_grad + h
             p.grad = g if p.grad is None else p.grad + g
             cast("Any", p).perturbed_factor_grad = h
-            cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model)
+            cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model, self.source)
 
-    def _perturbed(self, call: _LayerCall, input_gradient: Tensor, output_gradient: Tensor) -> Tensor:
-        """The weight gradient of one call with its input factor replaced by the worst case."""
-        if call.first:
-            return _weight_gradient(call, self._worst_case_of_input(call, input_gradient), output_gradient)
-        direction = self.threat_model.ascent_direction(input_gradient)
-        # The activation scale is one number per copy: it is cheaper on the weight gradient than on the activations.
-        scale = _activation_scale(call.inputs, self.threat_model.norm, getattr(call.layer, "copies", 1))
-        h = _weight_gradient(call, direction, output_gradient)
-        return h * (per_example(scale, h) if len(scale) > 1 else scale)
+    def _scaled_terms(self, factors: list[Factors]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every weight with its gradient under the scaled worst move of its inputs."""
+        for call, input_gradient, output_gradient in factors:
+            if call.first:
+                yield call.weight, weight_gradient(call, self._worst_case_of_input(call, input_gradient), output_gradient)
+                continue
+            direction = self.threat_model.ascent_direction(input_gradient)
+            # The activation scale is one number per copy: it is cheaper on the weight gradient than on the activations.
+            scale = activation_scale(call.inputs, self.threat_model.norm, getattr(call.layer, "copies", 1))
+            h = weight_gradient(call, direction, output_gradient)
+            yield call.weight, h * (per_example(scale, h) if len(scale) > 1 else scale)
 
-    def _worst_case_of_input(self, call: _LayerCall, gradient: Tensor) -> Tensor:
+    def _estimated_terms(self, factors: list[Factors], logit_gradients: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter of a recorded layer with the estimated change of its gradient."""
+        assert self._logits is not None
+        require(logit_gradients is not None, "loss", "computed from the model's output", "one that does not depend on it")
+        moves = {f.call: self._worst_case_of_input(f.call, f.input_gradient) for f in factors if f.call.first}
+        gradients = [f.input_gradient for f in factors if f.call.first]
+        rise = estimate.first_order_rise(list(moves.values()), gradients)
+        ratio = estimate.prediction_ratio(self._logits, cast("Tensor", logit_gradients), rise)
+        for call, input_gradient, output_gradient in factors:
+            if isinstance(call.layer, LAYERS):
+                if call.first:
+                    move, size = moves[call], torch.full_like(rise, estimate.REACH_FIRST)
+                else:
+                    move, size = input_gradient, estimate.REACH_OTHERS * estimate.balanced_size(input_gradient, rise)
+                changed = estimate.moved_factor(call.inputs, move, size, ratio)
+                yield call.weight, weight_gradient(call, changed, output_gradient)
+            grown = output_gradient * per_example(ratio - 1, output_gradient)
+            bias = cast("Tensor | None", call.layer.bias)
+            if bias is not None:
+                yield bias, estimate.summed_like(bias.shape, call.layer, grown).to(bias.dtype)
+            if isinstance(call.layer, estimate.NORMALISATIONS) and call.weight is not None:
+                gain = grown * estimate.normalized(call.layer, call.inputs)
+                yield call.weight, estimate.summed_like(call.weight.shape, call.layer, gain).to(call.weight.dtype)
+
+    def _worst_case_of_input(self, call: LayerCall, gradient: Tensor) -> Tensor:
         inputs = call.inputs
         if call.normalize is None:
             return self._worst_move(inputs, gradient)
@@ -197,38 +215,10 @@ def belongs_to_gradient(p: Tensor, *, unchanged: bool = False) -> bool:
     return origin[0] is p.grad and (not unchanged or origin[1] == p.grad._version)
 
 
-def _activation_scale(inputs: Tensor, norm: str, copies: int) -> Tensor:
-    """Mean size of a layer's input, ``[copies]``: mean absolute entry (l_inf) or mean length per example (l2)."""
-    if norm == "linf":
-        return norms(inputs.reshape(copies, -1), "l1") / max(1, inputs.numel() // copies)
-    return norms(inputs, "l2").reshape(copies, -1).mean(1)
-
-
-def _weight_gradient(call: _LayerCall, inputs: Tensor, output_gradients: Tensor) -> Tensor:
-    layer = call.layer
-    # Under autocast the factors have a lower precision than the weight and may differ from each other.
-    inputs, output_gradients = inputs.to(call.weight.dtype), output_gradients.to(call.weight.dtype)
-    if isinstance(layer, (StackedLinear, StackedConv2d)):
-        return layer.weight_gradient(inputs, output_gradients)
-    if isinstance(layer, nn.Linear):
-        return output_gradients.flatten(0, -2).mT @ inputs.flatten(0, -2)
-    convolution = cast("nn.Conv2d", layer)
-    if convolution.padding_mode == "zeros":
-        return convolution_weight_gradient(inputs, output_gradients, call.weight, layer)
-    padded = F.pad(inputs, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
-    settings = _Unpadded(convolution.stride, convolution.dilation, convolution.groups, (0,) * (call.weight.dim() - 2))
-    return convolution_weight_gradient(padded, output_gradients, call.weight, cast("nn.Module", settings))
-
-
-class _Unpadded(NamedTuple):
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    padding: tuple[int, ...]
-
-
 @contextmanager
-def record_factors(model: nn.Module, *, threat_model: ThreatModel | None = None) -> Iterator[FactorRecorder]:
+def record_factors(
+    model: nn.Module, *, threat_model: ThreatModel | None = None, source: str = "gradient+perturbed_factors"
+) -> Iterator[FactorRecorder]:
     """Watch a forward pass in a plain training loop; ``recorder.backward(loss)`` fills both gradient streams.
 
     Args:
@@ -254,16 +244,26 @@ def record_factors(model: nn.Module, *, threat_model: ThreatModel | None = None)
         "'linf' or 'l2' for factor gradients",
         threat_model.norm,
     )
-    recorder = FactorRecorder(model, threat_model)
+    choice("source", source, GRADIENT_SOURCES[1:])
+    recorder = FactorRecorder(model, threat_model, source)
+    estimating = source == "gradient+adversarial_estimate"
     hooks = []
+    around = ExitStack()
+    if isinstance(model, DistributedDataParallel):
+        around.enter_context(model.no_sync())  # both streams are averaged by `backward`
+    if hasattr(model, "_orig_mod"):  # what torch.compile returns: a compiled graph would not call the hooks
+        around.enter_context(torch.compiler.set_stance("force_eager"))
     for module in model.modules():
-        if isinstance(module, LAYERS):
+        if isinstance(module, LAYERS) or (estimating and isinstance(module, estimate.NORMALISATIONS)):
             hooks.append(module.register_forward_pre_hook(recorder._before))
             hooks.append(module.register_forward_hook(recorder._after))
         elif isinstance(module, Normalize):
             hooks.append(module.register_forward_hook(recorder._after_normalize))
+    if estimating:
+        hooks.append(model.register_forward_hook(recorder._after_model))
     try:
-        yield recorder
+        with around:
+            yield recorder
     finally:
         for hook in hooks:
             hook.remove()
@@ -275,6 +275,7 @@ def factor_gradients(
     loss_closure: Callable[[], Tensor],
     *,
     threat_model: ThreatModel | None = None,
+    source: str = "gradient+perturbed_factors",
     parameters: Sequence[Tensor] | None = None,
     create_graph: bool = False,
 ) -> FactorGradients:
@@ -284,6 +285,7 @@ def factor_gradients(
         model: any ``nn.Module``; its Linear and Conv layers are watched through hooks for the duration of the call.
         loss_closure: calls the model (directly or through ``torch.func.functional_call``) and returns a scalar loss.
         threat_model: see :func:`record_factors`.
+        source: see :func:`record_factors`.
         parameters: tensors to differentiate by, when not the model's own (``functional_call``).
         create_graph: keep the graph of both streams.
 
@@ -299,5 +301,5 @@ def factor_gradients(
         >>> [tuple(t.shape) for t in h]
         [(3, 4), (3,), (2, 3), (2,)]
     """
-    with record_factors(model, threat_model=threat_model) as recorder:
+    with record_factors(model, threat_model=threat_model, source=source) as recorder:
         return recorder.gradients(loss_closure(), parameters, create_graph=create_graph)

@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 from metarobust._checks import choice, finite, integer
 from metarobust._tensors import tree_detach
+from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES
 from metarobust.meta_optimizers._features import FAST, SECOND, root, time_basis
 from metarobust.meta_optimizers._layout import ROLES, Layout
-from metarobust.meta_optimizers._update_rule import (
-    COEFFICIENT_SPEED,
-    GRADIENT_SOURCES,
-    LARGEST,
-    UpdateRule,
-    checked_streams,
-)
+from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, LARGEST, UpdateRule, checked_streams
 
 TERMS = ("adam", "momentum", "l2", "l1")
 INITIAL = {"momentum": 1e-3, "l2": 1e-6, "l1": 1e-6}
@@ -66,8 +61,9 @@ class InterpretableOptimizer(UpdateRule):
     ``initial_learning_rate`` on the ordinary gradient, up to small terms (`INITIAL`).
 
     Args:
-        gradient_source: ``"gradient+perturbed_factors"`` reads two streams (:class:`metarobust.types.Streams`),
-            ``"gradient"`` one, without c. Stored in the checkpoint and checked on use.
+        gradient_source: what the rule reads: ``"gradient+perturbed_factors"`` and ``"gradient+adversarial_estimate"`` are two
+            streams (:class:`metarobust.types.Streams`, see :func:`record_factors`), ``"gradient"`` is one, without c. Stored in
+            the checkpoint and checked on use.
         initial_learning_rate: :math:`\alpha` before meta-training, for a fan-in of 64.
 
     Example:
@@ -94,7 +90,6 @@ class InterpretableOptimizer(UpdateRule):
         self.record: dict[str, Any] = {}
         """How this optimizer was trained: written by ``meta_train``, kept in the checkpoint."""
         self.gradient_source = gradient_source
-        self.two_streams = gradient_source == "gradient+perturbed_factors"
         initial = {"adam": initial_learning_rate, **INITIAL}
         self.register_buffer("initial", torch.tensor([initial[term] for term in TERMS], dtype=torch.float64).log())
         self.log_coefficient = nn.Parameter(torch.zeros(len(TERMS), len(ROLES), 2))

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from metarobust._checks import choice, finite, integer, require
 from metarobust._tensors import tree_detach
 from metarobust.meta_optimizers import _features as features
+from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES
 from metarobust.meta_optimizers._features import Moments
 from metarobust.meta_optimizers._layout import ROLES, Layout
-from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, GRADIENT_SOURCES, UpdateRule, checked_streams
+from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, UpdateRule, checked_streams
 
 BASES = ("adam", "none")
 
@@ -58,8 +59,9 @@ class LSTMOptimizer(UpdateRule):
     the network's small random outputs. With ``base="none"`` the update is :math:`s\, o_2` alone, as in both papers.
 
     Args:
-        gradient_source: ``"gradient+perturbed_factors"`` reads two streams (:class:`metarobust.types.Streams`),
-            ``"gradient"`` one. Stored in the checkpoint and checked on use.
+        gradient_source: what the rule reads: ``"gradient+perturbed_factors"`` and ``"gradient+adversarial_estimate"`` are two
+            streams (:class:`metarobust.types.Streams`, see ``record_factors``), ``"gradient"`` is one. Stored in the checkpoint
+            and checked on use.
         hidden_size: LSTM units per coordinate.
         layers: stacked LSTM cells.
         preprocessing: ``"full"`` (log-sign, Adam, parameter, tensor and time features), ``"log_sign"`` or ``"multiply"``
@@ -97,9 +99,8 @@ class LSTMOptimizer(UpdateRule):
         integer("layers", layers, least=1)
         finite("output_scale", output_scale, above=0.0)
         finite("initial_learning_rate", initial_learning_rate, above=0.0)
-        self.two_streams = gradient_source == "gradient+perturbed_factors"
         require(
-            not self.two_streams or (preprocessing == "full" and base == "adam"),
+            gradient_source == "gradient" or (preprocessing == "full" and base == "adam"),
             "gradient_source",
             "'gradient' unless preprocessing is 'full' and base is 'adam'",
             repr(gradient_source),

@@ -19,6 +19,7 @@ from metarobust._progress import progress_bar
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._resume import load_run, save_run
+from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import gradients_only
 from metarobust.types import Task
 
@@ -195,7 +196,7 @@ def meta_train(
             if path is not None and (len(run.losses) % checkpoint_every == 0 or len(run.losses) == iterations):
                 save_run(path, run)
     meta_optimizer.record = {"meta_training": asdict(settings), "final_meta_loss": _recent(run.losses)} | {
-        "threat_model": repr(getattr(run.any_task(), "threat_model", None)),
+        "threat_models": run.threat_models,
         "metarobust": __version__,
         "torch": torch.__version__,
     }
@@ -213,6 +214,7 @@ class MetaTrainingRun:
         self.rules: dict[int, GradientTransformation] = {}
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: list[float] = []
+        self.threat_models: dict[str, Any] | None = None
         # Slot i ends its first task after (i + 1) / slots of the horizon, so that ages stay staggered.
         self.slots = [self.fresh_slot(share=(i + 1) / settings.slots) for i in range(settings.slots)]
 
@@ -233,13 +235,13 @@ class MetaTrainingRun:
         """The task that this seed gives, at age 0."""
         generator = torch.Generator().manual_seed(task_seed)
         task = self.sample_task(generator)
+        if self.meta_optimizer.two_streams:
+            source, own = getattr(task, "source", None), self.meta_optimizer.gradient_source
+            require(source in (own, "gradient", None), "sample_task", f"tasks with source={own!r}, like the rule", repr(source))
+        self.threat_models = widened(self.threat_models, getattr(task, "threat_model", None))
         parameters = task.initial_parameters(generator=generator)
         state = self.rule_for(total_steps).init(cast("Any", parameters))
         return Slot(task_seed, task, generator, parameters, state, 0, horizon, total_steps)
-
-    def any_task(self) -> Task:
-        """One of the tasks in progress, for what they have in common."""
-        return self.slots[0].task
 
     def advance(self) -> float:
         """One truncation of ``tasks_per_step`` tasks and one meta-update; returns the mean of their weighted meta-losses.

@@ -14,7 +14,7 @@ from metarobust._tensor_files import read_tensors, write_tensors
 if TYPE_CHECKING:
     from metarobust.meta_optimizers._meta_training import MetaTrainingRun
 
-FORMAT = "metarobust meta-training run 2"
+FORMAT = "metarobust meta-training run 3"
 
 
 def save_run(path: Path, run: "MetaTrainingRun") -> None:
@@ -33,6 +33,7 @@ def save_run(path: Path, run: "MetaTrainingRun") -> None:
     header = {
         "format": FORMAT,
         "settings": _settings(run),
+        "threat_models": run.threat_models,
         "slots": [
             {
                 "task_seed": s.task_seed,
@@ -81,6 +82,7 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         found = cast("Any", pytree.tree_unflatten(structure, restored))
         slot.parameters, slot.state, slot.mirror, slot.noise = found
         run.slots[i] = slot
+    run.threat_models = header["threat_models"]
 
 
 def _leaves(tree: Any) -> list[Tensor]:

@@ -8,10 +8,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metarobust._checks import integer, message, require
+from metarobust._checks import choice, integer, message, require
 from metarobust._tensors import seeded
 from metarobust.data import LabelledImages
-from metarobust.meta_optimizers._factor_gradients import record_factors
+from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES, record_factors
 from metarobust.models import stack
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack, Batch, Model, Streams
@@ -27,6 +27,7 @@ class ClassificationTask:
         threat_model: perturbation of the second stream's factors, see ``factor_gradients``; None leaves the stream out
             (zeros, at no cost).
         meta_attack: moves the judging examples; None judges on clean ones.
+        source: which second stream, see ``record_factors``; the meta-optimizer's ``gradient_source``.
         training_attack: moves the training examples too: adversarial training, or the paper's own regime.
         batch_size: training examples per step and copy, drawn without replacement; at most the subset's size.
         meta_batch_size: judging examples per evaluation and copy.
@@ -42,6 +43,7 @@ class ClassificationTask:
         dataset: LabelledImages,
         subsets: Tensor,
         threat_model: ThreatModel | None,
+        source: str = "gradient+perturbed_factors",
         meta_attack: Attack | None = None,
         training_attack: Attack | None = None,
         batch_size: int = 64,
@@ -65,7 +67,9 @@ class ClassificationTask:
         distinct = all(len(row.unique()) == len(row) for row in subsets)
         require(distinct, "subsets", "such that a copy's examples are distinct", "repeated indices")
         require(remaining > 0, "subsets", f"smaller than the data set (={len(dataset)} examples)", self.examples)
+        choice("source", source, GRADIENT_SOURCES[1:])
         self.build, self.dataset, self.subsets, self.threat_model = build, dataset, subsets, threat_model
+        self.source = "gradient" if threat_model is None else source
         self.meta_attack, self.training_attack = meta_attack, training_attack
         self.batch_size = min(batch_size, self.examples)
         self.meta_batch_size = min(meta_batch_size, remaining)
@@ -102,7 +106,7 @@ class ClassificationTask:
             found = torch.autograd.grad(losses.sum(), parameters, create_graph=create_graph, allow_unused=True)
             gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
             return losses.detach(), Streams(gradients, tuple(torch.zeros_like(g) for g in gradients))
-        with record_factors(self._template, threat_model=self.threat_model) as recorder:
+        with record_factors(self._template, threat_model=self.threat_model, source=self.source) as recorder:
             losses = self._losses(model, x, y)
             found = recorder.gradients(losses.sum(), parameters, create_graph=create_graph)
         return losses.detach(), Streams(found.gradients, found.perturbed_factor_gradients)

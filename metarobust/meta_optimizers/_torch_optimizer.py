@@ -2,16 +2,18 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metarobust._checks import finite, integer, message
-from metarobust.meta_optimizers._factor_gradients import belongs_to_gradient
+from metarobust._checks import finite, integer, message, require
+from metarobust.meta_optimizers._factor_gradients import FactorRecorder, belongs_to_gradient
 from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
+from metarobust.meta_optimizers._training_record import covers
 from metarobust.threat_models import ThreatModel
 
 
@@ -32,13 +34,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Example:
         >>> import torch.nn.functional as F
-        >>> from metarobust.meta_optimizers import LSTMOptimizer, record_factors
+        >>> from metarobust.meta_optimizers import LSTMOptimizer
         >>> from metarobust.models import mlp
         >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
         >>> optimizer = LSTMOptimizer().torch_optimizer(model.parameters(), total_steps=100)
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
-        ...     with record_factors(model) as recorder:
+        ...     with optimizer.record_factors(model) as recorder:
         ...         recorder.backward(F.cross_entropy(model(x), y))
         ...     _ = optimizer.step()
     """
@@ -99,26 +101,37 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if p.grad is None:
             return torch.zeros_like(p)
         if belongs_to_gradient(p):
-            self._compare_threat_models(cast("Any", p).perturbed_factor_origin[2])
+            *_, threat_model, source = cast("Any", p).perturbed_factor_origin
+            self._compare(threat_model, source)
             return cast("Any", p).perturbed_factor_grad
         raise ValueError(
             message(
                 "parameters",
                 "with a second gradient stream (.perturbed_factor_grad), which this meta-optimizer was trained on",
                 "gradients that were computed without it",
-                "write `with record_factors(model, threat_model=...) as recorder: recorder.backward(loss)` for the backward pass",
+                "write `with optimizer.record_factors(model, threat_model=...) as recorder: recorder.backward(loss)`",
             )
         )
 
-    def _compare_threat_models(self, used: ThreatModel) -> None:
-        trained = self.meta_optimizer.record.get("threat_model")
-        if trained is not None and trained != repr(used) and not self._warned:
+    def _compare(self, used: ThreatModel, source: str) -> None:
+        own = self.meta_optimizer.gradient_source
+        remedy = "write optimizer.record_factors(model, threat_model=...), which takes the right one"
+        require(source == own, "record_factors", f"with source={own!r}, which this meta-optimizer reads", repr(source), remedy)
+        trained = self.meta_optimizer.record.get("threat_models")
+        if trained is not None and not self._warned and not covers(trained, used):
             self._warned = True
+            low, high = trained["epsilon"]
             warnings.warn(
-                f"the meta-optimizer was trained with {trained}, its second stream now comes from {used!r}; pass "
-                "record_factors the threat model of the training unless the difference is meant",
-                stacklevel=4,
+                f"the meta-optimizer was trained with {trained['norm']}, epsilon {low:g} to {high:g} and box {trained['box']}, "
+                f"its second stream now comes from {used!r}; pass record_factors the training's unless the difference is meant",
+                stacklevel=5,
             )
+
+    def record_factors(
+        self, model: nn.Module, *, threat_model: ThreatModel | None = None
+    ) -> AbstractContextManager[FactorRecorder]:
+        """The recorder of the second stream that this optimizer reads; see :func:`metarobust.meta_optimizers.record_factors`."""
+        return self.meta_optimizer.record_factors(model, threat_model=threat_model)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
         return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}

@@ -1,6 +1,7 @@
 """What the learned update rules share: the streams they read, the coefficients of the second one, the forms they take."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
 from metarobust._checks import integer, require
+from metarobust.meta_optimizers._factor_gradients import FactorRecorder, record_factors
 from metarobust.meta_optimizers._layout import ROLES
-
-GRADIENT_SOURCES = ("gradient", "gradient+perturbed_factors")
+from metarobust.threat_models import ThreatModel
 
 COEFFICIENT_SPEED = 8.0
 """Factor coefficients are stored divided by this: Adam moves every stored number alike, and these have further to go."""
@@ -37,6 +38,17 @@ class UpdateRule(nn.Module):
     gradient_source: str
     factor_coefficient: nn.Parameter | None
 
+    @property
+    def two_streams(self) -> bool:
+        """Whether the rule reads a second gradient stream."""
+        return self.gradient_source != "gradient"
+
+    def record_factors(
+        self, model: nn.Module, *, threat_model: ThreatModel | None = None
+    ) -> AbstractContextManager[FactorRecorder]:
+        """:func:`record_factors` with this rule's gradient source."""
+        return record_factors(model, threat_model=threat_model, source=self.gradient_source)
+
     def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
         """This rule as a TorchOpt ``GradientTransformation``, for its wrappers, chains, clipping and schedules.
 
@@ -60,14 +72,17 @@ class UpdateRule(nn.Module):
 
     @torch.no_grad()
     def shift_factor_coefficients(self, *, first: float, others: float) -> None:
-        """Add constants to the coefficient of h: ``first`` for first layers (in multiples of epsilon), ``others`` elsewhere."""
+        """Add constants to the coefficient of h: ``first`` for first weights, ``others`` for the other weights.
+
+        Biases and normalisations have an h in the estimated adversarial gradient only, and share ``others`` there.
+        """
         require(
             self.factor_coefficient is not None,
             "gradient_source",
-            "'gradient+perturbed_factors' for a rule with factor coefficients",
+            "one with a second stream, whose coefficients this shifts",
             repr(self.gradient_source),
         )
         assert self.factor_coefficient is not None
         for role, name in enumerate(ROLES):
-            if name not in ("bias", "normalisation"):
+            if name not in ("bias", "normalisation") or self.gradient_source == "gradient+adversarial_estimate":
                 self.factor_coefficient[role, 0] += (first if name.startswith("first") else others) / COEFFICIENT_SPEED

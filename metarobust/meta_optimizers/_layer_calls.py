@@ -1,0 +1,68 @@
+"""One call of one layer, and the weight gradient that any pair of factors would give it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from metarobust._tensors import norms
+from metarobust.models import Normalize
+from metarobust.models._stacked import StackedConv2d, StackedLinear, convolution_weight_gradient
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, StackedLinear, StackedConv2d)
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of one layer: where its gradients will appear, and the factor to perturb."""
+
+    layer: nn.Module
+    weight: Tensor
+    inputs: Tensor
+    input_edge: GradientEdge
+    output_edge: GradientEdge
+    first: bool
+    normalize: Normalize | None
+    normalized_shape: torch.Size
+
+
+class Factors(NamedTuple):
+    """A layer call with the loss gradients at its input and at its output."""
+
+    call: LayerCall
+    input_gradient: Tensor
+    output_gradient: Tensor
+
+
+def activation_scale(inputs: Tensor, norm: str, copies: int) -> Tensor:
+    """Mean size of a layer's input, ``[copies]``: mean absolute entry (l_inf) or mean length per example (l2)."""
+    if norm == "linf":
+        return norms(inputs.reshape(copies, -1), "l1") / max(1, inputs.numel() // copies)
+    return norms(inputs, "l2").reshape(copies, -1).mean(1)
+
+
+def weight_gradient(call: LayerCall, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+    """The gradient of the layer's weight, had its input been ``inputs`` and the gradient at its output ``output_gradients``."""
+    layer = call.layer
+    # Under autocast the factors have a lower precision than the weight and may differ from each other.
+    inputs, output_gradients = inputs.to(call.weight.dtype), output_gradients.to(call.weight.dtype)
+    if isinstance(layer, (StackedLinear, StackedConv2d)):
+        return layer.weight_gradient(inputs, output_gradients)
+    if isinstance(layer, nn.Linear):
+        return output_gradients.flatten(0, -2).mT @ inputs.flatten(0, -2)
+    convolution = cast("nn.Conv2d", layer)
+    if convolution.padding_mode == "zeros":
+        return convolution_weight_gradient(inputs, output_gradients, call.weight, layer)
+    padded = F.pad(inputs, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
+    settings = _Unpadded(convolution.stride, convolution.dilation, convolution.groups, (0,) * (call.weight.dim() - 2))
+    return convolution_weight_gradient(padded, output_gradients, call.weight, cast("nn.Module", settings))
+
+
+class _Unpadded(NamedTuple):
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding: tuple[int, ...]
