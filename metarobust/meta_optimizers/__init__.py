@@ -2,6 +2,7 @@
 
 from metarobust.meta_optimizers._attack_task import AttackTask
 from metarobust.meta_optimizers._calibration import Calibration, calibrate, train_optimizees
+from metarobust.meta_optimizers._distribution import TaskDistribution
 from metarobust.meta_optimizers._factor_gradients import (
     FactorGradients,
     FactorRecorder,
@@ -12,30 +13,36 @@ from metarobust.meta_optimizers._interpretable import InterpretableOptimizer, In
 from metarobust.meta_optimizers._layout import ROLES
 from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
 from metarobust.meta_optimizers._meta_training import MetaTraining, MetaTrainingSettings, meta_train
-from metarobust.meta_optimizers._storage import load, save
+from metarobust.meta_optimizers._search import Generation, MetaSearchSettings, meta_search
+from metarobust.meta_optimizers._storage import TRAINED, load, save
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 from metarobust.meta_optimizers._transformation import combine_factors, gradients_only
 
 __all__ = [
     "ROLES",
+    "TRAINED",
     "AttackTask",
     "Calibration",
     "ClassificationTask",
     "FactorGradients",
     "FactorRecorder",
+    "Generation",
     "InterpretableOptimizer",
     "InterpretableState",
     "LSTMOptimizer",
     "LSTMState",
     "LearnedOptimizer",
+    "MetaSearchSettings",
     "MetaTraining",
     "MetaTrainingSettings",
+    "TaskDistribution",
     "calibrate",
     "combine_factors",
     "factor_gradients",
     "gradients_only",
     "load",
+    "meta_search",
     "meta_train",
     "record_factors",
     "save",

@@ -1,7 +1,7 @@
 """A learned update rule that can be read: a few named terms, with coefficients by tensor role and relative time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -196,6 +196,56 @@ class InterpretableOptimizer(UpdateRule):
             found = [self.coefficients(role=role, fan_in=fan_in, time=time) for time in (0.0, 0.5, 1.0)]
             lines.append(f"| {role} | " + " | ".join(", ".join(f"{at[name]:.2g}" for at in found) for name in names) + " |")
         return "\n".join(lines)
+
+    def knobs(self) -> dict[str, tuple[float, dict[str, Tensor]]]:
+        """Named directions for ``meta_search``: a typical spread, and by parameter the move of a unit along the direction.
+
+        Units: logarithms of learning rate, weight decay and L1 penalty; plain numbers for coefficients of the second stream.
+        The slopes add their value at the end of training and take it away at the beginning.
+        """
+
+        def single(parameter: Tensor, scale: float, place: tuple[Any, ...]) -> Tensor:
+            move = torch.zeros_like(parameter)
+            move[place] = 1 / scale
+            return move
+
+        groups = {
+            "first": [i for i, role in enumerate(ROLES) if role.startswith("first")],
+            "inner": [i for i, role in enumerate(ROLES) if role.startswith("inner")],
+            "last": [i for i, role in enumerate(ROLES) if role.startswith("last")],
+            "biases and normalisations": [i for i, role in enumerate(ROLES) if role in ("bias", "normalisation")],
+        }
+        weights = groups["first"] + groups["inner"] + groups["last"]
+        logs, (adam, l2, l1) = self.log_coefficient, (TERMS.index(term) for term in ("adam", "l2", "l1"))
+        everywhere = slice(None)
+        found: dict[str, tuple[float, dict[str, Tensor]]] = {
+            "learning rate": (0.4, {"log_coefficient": single(logs, LOG_SPEED, (adam, everywhere, 0))}),
+            "learning rate, slope": (0.6, {"log_coefficient": single(logs, LOG_SPEED, (adam, everywhere, 1))}),
+            "weight decay": (1.5, {"log_coefficient": single(logs, LOG_SPEED, (l2, weights, 0))}),
+            "l1, first": (1.5, {"log_coefficient": single(logs, LOG_SPEED, (l1, groups["first"], 0))}),
+        }
+        if self.factor_coefficient is not None:
+            for name, roles in groups.items():
+                for degree, (suffix, spread) in enumerate((("", 0.25), (", slope", 0.3))):
+                    move = single(self.factor_coefficient, COEFFICIENT_SPEED, (roles, degree))
+                    found[f"factor, {name}{suffix}"] = (spread, {"factor_coefficient": move})
+        return found
+
+    @torch.no_grad()
+    def turn(self, by: Mapping[str, float]) -> None:
+        """Move this rule along its :meth:`knobs`, in place.
+
+        Example:
+            >>> rule = InterpretableOptimizer()
+            >>> rule.turn({"learning rate": math.log(2.0)})
+            >>> round(rule.coefficients(role="inner dense", fan_in=64, time=0.5)["adam"], 6)
+            0.006
+        """
+        available, parameters = self.knobs(), dict[str, Tensor](self.named_parameters())
+        for name, size in by.items():
+            choice("by", name, tuple(available))
+            for parameter, direction in available[name][1].items():
+                parameters[parameter] += size * direction
 
     def _terms(self, basis: Tensor) -> Tensor:
         """Logarithms of the coefficients for a typical fan-in, ``[terms, roles]``."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-import torchopt
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
@@ -20,7 +19,7 @@ from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropaga
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._resume import load_run, save_run
 from metarobust.meta_optimizers._training_record import widened
-from metarobust.meta_optimizers._transformation import gradients_only
+from metarobust.meta_optimizers._transformation import reading_streams
 from metarobust.types import Task
 
 SampleTask = Callable[[torch.Generator], Task]
@@ -221,8 +220,7 @@ class MetaTrainingRun:
     def rule_for(self, total_steps: int) -> GradientTransformation:
         """The rule that plans this number of steps."""
         if total_steps not in self.rules:
-            rule = self.meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
-            self.rules[total_steps] = rule if self.meta_optimizer.two_streams else torchopt.chain(gradients_only(), rule)
+            self.rules[total_steps] = reading_streams(self.meta_optimizer, total_steps=total_steps)
         return self.rules[total_steps]
 
     def fresh_slot(self, share: float = 1.0) -> Slot:

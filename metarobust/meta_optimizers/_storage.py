@@ -8,6 +8,8 @@ from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer
 
 FORMAT = "metarobust meta-optimizer 1"
+TRAINED = ("robust-small-v1",)
+"""Names of the meta-optimizers that come with this package."""
 
 
 def save(meta_optimizer: MetaOptimizer, path: str | os.PathLike[str]) -> Path:
@@ -26,10 +28,14 @@ def save(meta_optimizer: MetaOptimizer, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> MetaOptimizer:
-    """Read a meta-optimizer that :func:`save` wrote, on the CPU, frozen (no parameter requires a gradient).
+    """Read a meta-optimizer that :func:`save` wrote, or one that comes with this package, on the CPU and frozen.
+
+    Args:
+        path: a file, or a name from :data:`TRAINED`: ``"robust-small-v1"``, learned on small networks and a part of the digits by
+            ``examples/robust_small_v1.py``; docs/transfer.md says where it works.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, nor such a name.
         ValueError: the file is damaged, is no meta-optimizer, or does not fit this version.
 
     Example:
@@ -39,7 +45,14 @@ def load(path: str | os.PathLike[str]) -> MetaOptimizer:
         ...     path = save(LSTMOptimizer(hidden_size=4), f"{folder}/optimizer.safetensors")
         ...     load(path).settings["hidden_size"]
         4
+        >>> load("robust-small-v1").gradient_source
+        'gradient+adversarial_estimate'
     """
+    if path in TRAINED:
+        path = Path(__file__).parent / "trained" / f"{path}.safetensors"
+    elif not Path(path).exists():
+        names = ", ".join(TRAINED)
+        raise FileNotFoundError(f"no meta-optimizer at {path}; write the path of a file, or a name of a trained one: {names}")
     tensors, header = read_tensors(path, expected=FORMAT)
     kind = KINDS.get(str(header.get("kind")))
     if kind is None:

@@ -14,7 +14,7 @@ from metarobust.data import LabelledImages
 from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES, record_factors
 from metarobust.models import stack
 from metarobust.threat_models import ThreatModel
-from metarobust.types import Attack, Batch, Model, Streams
+from metarobust.types import Attack, Batch, Model, RobustLoss, Streams
 
 
 class ClassificationTask:
@@ -27,6 +27,9 @@ class ClassificationTask:
         threat_model: perturbation of the second stream's factors, see ``factor_gradients``; None leaves the stream out
             (zeros, at no cost).
         meta_attack: moves the judging examples; None judges on clean ones.
+        meta_objective: in place of the cross-entropy on examples that ``meta_attack`` moved, any robust objective of
+            :mod:`metarobust.objectives` as the meta-loss; accuracies are still judged under ``meta_attack``. One that weighs
+            examples against each other (ARMOR) weighs those of all copies together.
         source: which second stream, see ``record_factors``; the meta-optimizer's ``gradient_source``.
         training_attack: moves the training examples too: adversarial training, or the paper's own regime.
         batch_size: training examples per step and copy, drawn without replacement; at most the subset's size.
@@ -45,6 +48,7 @@ class ClassificationTask:
         threat_model: ThreatModel | None,
         source: str = "gradient+perturbed_factors",
         meta_attack: Attack | None = None,
+        meta_objective: RobustLoss | None = None,
         training_attack: Attack | None = None,
         batch_size: int = 64,
         meta_batch_size: int = 64,
@@ -70,7 +74,7 @@ class ClassificationTask:
         choice("source", source, GRADIENT_SOURCES[1:])
         self.build, self.dataset, self.subsets, self.threat_model = build, dataset, subsets, threat_model
         self.source = "gradient" if threat_model is None else source
-        self.meta_attack, self.training_attack = meta_attack, training_attack
+        self.meta_attack, self.meta_objective, self.training_attack = meta_attack, meta_objective, training_attack
         self.batch_size = min(batch_size, self.examples)
         self.meta_batch_size = min(meta_batch_size, remaining)
         inside = torch.zeros(self.optimizees, len(dataset), dtype=torch.bool).scatter_(1, subsets, True)
@@ -112,16 +116,25 @@ class ClassificationTask:
         return losses.detach(), Streams(found.gradients, found.perturbed_factor_gradients)
 
     def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
-        """Loss ``[optimizees]`` on fresh examples, moved by ``meta_attack`` at the current parameters."""
+        """Loss ``[optimizees]`` on fresh examples: ``meta_objective``, or cross-entropy after ``meta_attack``."""
+        if self.meta_objective is not None:
+            x, y = self._draw(self.held_out, self.meta_batch_size, generator)
+            return self._by_copy(self.meta_objective(self.model(parameters), x, y, generator=generator))
         x, y = self._judging_batch(parameters, self.meta_batch_size, generator)
         return self._losses(self.model(parameters), x, y)
 
     def meta_accuracy(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
         """Accuracy ``[optimizees]`` on all judging examples, moved by ``meta_attack`` at the current parameters."""
         x, y = self._judging_batch(parameters, self.held_out.shape[1], generator)
-        with torch.no_grad():
-            right = self.model(parameters)(x).argmax(1) == y
-        return rearrange(right.float(), "(copies batch) -> copies batch", copies=self.optimizees).mean(1)
+        return self._accuracy(parameters, x, y)
+
+    def clean_accuracy(self, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Accuracy ``[optimizees]`` on all judging examples as they are."""
+        return self._accuracy(parameters, *self._rows(self.held_out))
+
+    @torch.no_grad()
+    def _accuracy(self, parameters: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
+        return self._by_copy((self.model(parameters)(x).argmax(1) == y).float())
 
     def _judging_batch(self, parameters: tuple[Tensor, ...], size: int, generator: torch.Generator) -> Batch:
         x, y = self._draw(self.held_out, size, generator)
@@ -131,10 +144,16 @@ class ClassificationTask:
         return Batch(x, y)
 
     def _losses(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        losses = F.cross_entropy(model(x), y, reduction="none")
-        return rearrange(losses, "(copies batch) -> copies batch", copies=self.optimizees).mean(1)
+        return self._by_copy(F.cross_entropy(model(x), y, reduction="none"))
+
+    def _by_copy(self, values: Tensor) -> Tensor:
+        """The mean of each copy's rows."""
+        return rearrange(values, "(copies batch) -> copies batch", copies=self.optimizees).mean(1)
 
     def _draw(self, candidates: Tensor, size: int, generator: torch.Generator) -> Batch:
         order = torch.rand(candidates.shape, generator=generator).topk(size, dim=1).indices
-        rows = candidates.gather(1, order).flatten()
+        return self._rows(candidates.gather(1, order))
+
+    def _rows(self, chosen: Tensor) -> Batch:
+        rows = chosen.flatten()
         return Batch(self.dataset.images[rows], self.dataset.labels[rows])

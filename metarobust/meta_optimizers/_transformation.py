@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+import torchopt
 from torch import Tensor
 from torchopt import pytree
 from torchopt.base import EmptyState, GradientTransformation
@@ -41,6 +42,12 @@ def transformation(optimizer: MetaOptimizer, *, total_steps: int, stacked: bool)
         return pytree.tree_unflatten(structure, list(layout.unpack(rows))), new_state
 
     return GradientTransformation(cast("Any", init), cast("Any", update))
+
+
+def reading_streams(optimizer: MetaOptimizer, *, total_steps: int) -> GradientTransformation:
+    """The rule on the :class:`metarobust.types.Streams` of stacked copies, whether it reads both streams or the first."""
+    rule = transformation(optimizer, total_steps=total_steps, stacked=True)
+    return rule if optimizer.two_streams else torchopt.chain(gradients_only(), rule)
 
 
 def _filled(gradients: Any, params: list[Tensor]) -> list[Tensor]:

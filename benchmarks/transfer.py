@@ -1,0 +1,258 @@
+"""Does a meta-optimizer that was trained on digits train other networks on other data robustly, without adversarial examples?
+
+    uv run python -m benchmarks.transfer [--targets digits] [--seeds 6] [--out results]
+    METAROBUST_DATA=... uv run python -m benchmarks.transfer --targets mnist fashion-mnist cifar10 --seeds 3
+    uv run python -m benchmarks.transfer --summary --out benchmarks/measured
+
+Every target is a network and a number of training images. Each method trains one copy of it per seed, on that seed's own
+images; its settings are chosen by robust accuracy on validation images (PGD-20 on cross-entropy and on the margin), and the
+chosen one is judged once, on test images, by the standard protocol of `evaluate`. Three methods have nothing to choose: the
+shipped meta-optimizer and the two rules set by hand. A pass is one forward and one backward pass of one batch: a third each for
+the forward pass, for the gradients of activations and for those of weights. FGSM training and free training get at most the
+passes of the learned rule. Runs end up in transfer.jsonl, one line each; what is there already is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._transfer_baselines import CLEAN, Candidate, baselines, hand_set
+from metarobust.attacks import PGD
+from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, load_npz, split
+from metarobust.evaluation import evaluate
+from metarobust.meta_optimizers import ClassificationTask, train_optimizees
+from metarobust.meta_optimizers import load as load_optimizer
+from metarobust.models import cnn, mlp, residual_network
+from metarobust.threat_models import ThreatModel
+
+ESTIMATE = "gradient+adversarial_estimate"
+SHIPPED = "robust-small-v1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A network, its training images, and the number of steps that the learned rule gets."""
+
+    data: str
+    build: Callable[[], nn.Module]
+    examples: int
+    epsilon: float = 0.1
+    steps: int = 400
+    batch_size: int = 64
+    bar: float | None = None
+
+
+def digits(build: Callable[[], nn.Module], bar: float) -> dict[int, Target]:
+    return {n: Target(data="digits", build=build, examples=n, bar=bar) for n in (100, 200)}
+
+
+TARGETS: dict[str, Target] = {
+    **{f"MLP 64-128-10, digits, {n}": t for n, t in digits(partial(mlp, [64, 128, 10]), 0.9).items()},
+    **{f"MLP 64-64-64-10, digits, {n}": t for n, t in digits(partial(mlp, [64, 64, 64, 10]), 0.9).items()},
+    **{f"CNN 8-16, digits, {n}": t for n, t in digits(partial(cnn, [8, 16]), 0.75).items()},
+    **{f"CNN 16-32, digits, {n}": t for n, t in digits(partial(cnn, [16, 32]), 0.75).items()},
+    "MLP 784-128-10, MNIST, 500": Target(data="mnist", build=partial(mlp, [784, 128, 10]), examples=500, bar=0.75),
+    "CNN 8-16, MNIST, 500": Target(data="mnist", build=partial(cnn, [8, 16], image_size=28), examples=500, bar=0.6),
+    "CNN 8-16, MNIST, 10000": Target(
+        data="mnist", build=partial(cnn, [8, 16], image_size=28), examples=10_000, steps=800, bar=0.6
+    ),
+    "residual network 8-16-32, Fashion-MNIST, 2000": Target(
+        data="fashion-mnist", build=partial(residual_network, (8, 16, 32)), examples=2000, batch_size=100, bar=0.6
+    ),
+    "residual network 8-16-32, CIFAR-10 subset, 4000": Target(
+        data="cifar10-subset",
+        build=partial(residual_network, (8, 16, 32), image_channels=3),
+        examples=4000,
+        epsilon=8 / 255,
+        batch_size=100,
+    ),
+}
+JUDGING = {"digits": (400, 400), "mnist": (500, 300), "fashion-mnist": (500, 300), "cifar10-subset": (500, 300)}
+"""Validation and test images."""
+
+
+@cache
+def parts(data: str) -> tuple[LabelledImages, LabelledImages | None, LabelledImages]:
+    """Training pool, validation images (None: the part of the pool that a copy does not train on), test images.
+
+    Of the digits, the meta-training of the shipped optimizer has seen a third pool, disjoint from these.
+    """
+    validation, test = JUDGING[data]
+    if data == "digits":
+        pools = digits_pools(0)
+        return pools.target, None, pools.test.select(torch.arange(test))
+    if data == "cifar10-subset":
+        folder = Path(os.environ["METAROBUST_DATA"]) / "cifar10-exact-subset"
+        files = ("cifar10_train_exact.npz", "cifar10_test_exact_first1000.npz")
+        train, judging = (load_npz(folder / file, num_classes=10) for file in files)
+    else:
+        train, judging = (load(data, train=part) for part in (True, False))
+    draw = torch.Generator().manual_seed(0)
+    pool, choosing = split(train, (len(train) - validation, validation), generator=draw)
+    (judging,) = split(judging, (test,), generator=draw)
+    return pool, choosing, judging
+
+
+def candidates(target: Target) -> dict[str, list[Candidate]]:
+    """Every method with the settings it may choose from, at least one."""
+    learned = load_optimizer(SHIPPED)
+
+    def shipped(steps: int) -> Any:
+        return learned.as_gradient_transformation(total_steps=steps, stacked=True)
+
+    estimated = {"source": ESTIMATE}
+    threat_model = ThreatModel(epsilon=target.epsilon)
+    return {
+        SHIPPED: [Candidate({}, shipped, (1.0,), 4 / 3, options={"source": learned.gradient_source})],
+        "estimate, by hand": [Candidate({}, hand_set(1.0, 1.0, falling=True), (1.0,), 4 / 3, options=estimated)],
+        "scaled factors, by hand": [Candidate({}, hand_set(1.5, 0.15, falling=False), (1.0,), 4 / 3)],
+        **baselines(threat_model, small=target.data in ("fashion-mnist", "cifar10-subset")),
+    }
+
+
+def task_for(target: Target, candidate: Candidate, seeds: int) -> ClassificationTask:
+    """One copy of the network per seed, each on its own images."""
+    pool, _, _ = parts(target.data)
+    threat_model = ThreatModel(epsilon=target.epsilon)
+    draws = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    subsets = [LowDataTasks(dataset=pool, examples=target.examples).sample_indices(draw) for draw in draws]
+    two_streams = candidate.passes == 4 / 3
+    return candidate.kind(
+        build=target.build,
+        dataset=pool,
+        subsets=torch.stack(subsets),
+        threat_model=threat_model if two_streams else None,
+        batch_size=target.batch_size,
+        **candidate.options,
+    )
+
+
+def robust(task: ClassificationTask, parameters: tuple[Tensor, ...], target: Target) -> float:
+    """Mean accuracy of the copies on validation images under PGD-20 on two losses."""
+    _, choosing, _ = parts(target.data)
+    if choosing is None:
+        rows = task.held_out.flatten()
+        x, y = task.dataset.images[rows], task.dataset.labels[rows]
+    else:
+        x, y = choosing.images.repeat(task.optimizees, 1, 1, 1), choosing.labels.repeat(task.optimizees)
+    model, right = task.model(parameters), torch.ones(len(x), dtype=torch.bool)
+    for loss in ("cross_entropy", "margin"):
+        attack = PGD(threat_model=ThreatModel(epsilon=target.epsilon), steps=20, loss=loss)
+        moved = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            right &= model(moved).argmax(1) == y
+    return right.double().mean().item()
+
+
+def train(target: Target, choices: Iterable[Candidate], seeds: int) -> tuple[dict[str, Any], ClassificationTask, Any]:
+    """Train with every setting, keep the one that is best on validation images."""
+    choices, best = list(choices), None
+    for candidate in choices:
+        task = task_for(target, candidate, seeds)
+        keep = sorted({max(1, round(share * target.steps)) for share in candidate.steps})
+        found = train_optimizees(
+            task, candidate.rule(keep[-1]), total_steps=keep[-1], generator=torch.Generator().manual_seed(seeds), keep=keep
+        )
+        for steps in keep:
+            score = robust(task, found[steps], target) if len(choices) * len(keep) > 1 else 0.0
+            if best is None or score > best[0]:
+                settings = candidate.settings | {"steps": steps, "passes": round(steps * candidate.passes)}
+                best = (score, settings, task, found[steps])
+    assert best is not None
+    return best[1], best[2], best[3]
+
+
+def judged(target: Target, task: ClassificationTask, parameters: tuple[Tensor, ...], *, checks: bool) -> list[dict[str, Any]]:
+    """Clean accuracy, worst-case accuracy and warnings of each copy on the test images."""
+    _, _, test = parts(target.data)
+    reports = []
+    for copy in range(task.optimizees):
+        model = target.build()
+        with torch.no_grad():
+            for p, values in zip(model.parameters(), parameters, strict=True):
+                p.copy_(values[copy])
+        report = evaluate(
+            model.eval(), (test.images, test.labels), threat_model=ThreatModel(epsilon=target.epsilon), reliability_checks=checks
+        )
+        doubts = [doubt.check for doubt in report.warnings]
+        reports.append({"clean": report.clean_accuracy, "robust": report.worst_case_accuracy, "doubts": doubts})
+    return reports
+
+
+def run(name: str, out: Path, seeds: int, only: list[str] | None) -> None:
+    """Train and judge all methods on one target; append a line per method."""
+    target, done = TARGETS[name], {(row["target"], row["method"], row["seeds"]) for row in read(out)}
+    for method, choices in candidates(target).items():
+        if (name, method, seeds) in done or (only and method not in only):
+            continue
+        begin = time.perf_counter()
+        settings, task, parameters = train(target, choices, seeds)
+        trained = time.perf_counter()
+        reports = judged(target, task, parameters, checks=method == SHIPPED)
+        row = {"target": name, "method": method, "seeds": seeds, "settings": settings, "reports": reports}
+        row |= {"training_seconds": trained - begin, "judging_seconds": time.perf_counter() - trained}
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        told = statistics.mean(r["clean"] for r in reports), statistics.mean(r["robust"] for r in reports)
+        print(
+            f"{name} | {method} | clean {told[0]:.3f} | robust {told[1]:.3f} | {settings} | {trained - begin:.0f} s", flush=True
+        )
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The runs so far."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def summary(out: Path) -> str:
+    """One table per target: each method, and its share of the way from the best clean baseline to PGD training."""
+    rows, lines = read(out), []
+    for name, target in TARGETS.items():
+        here = {row["method"]: row for row in rows if row["target"] == name}
+        if not here:
+            continue
+        lines += [f"\n**{name}** (l_inf {target.epsilon:.3g}, {next(iter(here.values()))['seeds']} seeds)\n"]
+        lines += ["| method | settings | passes | clean | robust (lowest to highest) | share of the gap |", "|---" * 6 + "|"]
+        means = {method: statistics.mean(r["robust"] for r in row["reports"]) for method, row in here.items()}
+        clean = [means[method] for method in CLEAN if method in means]
+        top = means.get("PGD-5 training")
+        for method, row in here.items():
+            robust = [r["robust"] for r in row["reports"]]
+            share = f"{(means[method] - max(clean)) / (top - max(clean)):.2f}" if clean and top else ""
+            told = ", ".join(f"{k} {v}" for k, v in row["settings"].items() if k != "passes")
+            spread = f"{means[method]:.3f} ({min(robust):.3f} to {max(robust):.3f})"
+            clean_mean = statistics.mean(r["clean"] for r in row["reports"])
+            lines.append(f"| {method} | {told} | {row['settings']['passes']} | {clean_mean:.3f} | {spread} | {share} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="*", default=["digits"], help="parts of names of targets, or names of data sets")
+    parser.add_argument("--only", nargs="*", help="methods to run; default: all")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--out", default="results", help="folder of transfer.jsonl")
+    parser.add_argument("--summary", action="store_true", help="print the tables of what is in --out, and run nothing")
+    arguments = parser.parse_args()
+    out = Path(arguments.out) / "transfer.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not arguments.summary:
+        torch.set_num_threads(1)
+        for name, target in TARGETS.items():
+            if any(part in name or part == target.data for part in arguments.targets):
+                run(name, out, arguments.seeds, arguments.only)
+    print(summary(out))
+
+
+if __name__ == "__main__":
+    main()

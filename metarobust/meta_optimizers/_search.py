@@ -1,0 +1,209 @@
+"""Learning a few numbers of an update rule by whole training runs, without any derivative."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metarobust import __version__
+from metarobust._checks import finite, integer, require
+from metarobust._processes import like_rank_0, processes, rank, summed
+from metarobust._progress import progress_bar
+from metarobust._tensor_files import read_tensors, write_tensors
+from metarobust.meta_optimizers._calibration import train_optimizees
+from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
+from metarobust.meta_optimizers._tasks import ClassificationTask
+from metarobust.meta_optimizers._training_record import widened
+from metarobust.meta_optimizers._transformation import reading_streams
+
+SampleTasks = Callable[[torch.Generator], Sequence[ClassificationTask]]
+FORMAT = "metarobust meta-search 1"
+KEPT = 0.3
+"""Share of the old mean and spread that a generation keeps."""
+LEAST_SPREAD = 0.03
+"""Each generation adds this share of the first spread, so that the search never stands still."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaSearchSettings:
+    """What determines a search, besides the tasks and the directions; stored in its record and its checkpoint."""
+
+    generations: int
+    population: int
+    elite: int
+    total_steps: tuple[int, int]
+    clean_weight: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "population", "elite"):
+            integer(name, getattr(self, name), least=1)
+        require(self.elite < self.population, "elite", f"below population (={self.population})", self.elite)
+        low, high = self.total_steps
+        integer("total_steps", low, least=1)
+        require(high >= low, "total_steps", "a pair (least, most)", self.total_steps)
+        finite("clean_weight", self.clean_weight, least=0.0)
+        integer("seed", self.seed, least=0)
+
+
+class Generation(NamedTuple):
+    """What one generation found: the best score, that of the mean of the search, the middle one; and the mean after it."""
+
+    best: float
+    mean: float
+    median: float
+    knobs: dict[str, float]
+
+
+def meta_search(
+    meta_optimizer: InterpretableOptimizer,
+    sample_tasks: SampleTasks,
+    *,
+    knobs: Mapping[str, float] | None = None,
+    generations: int = 10,
+    population: int = 16,
+    elite: int = 5,
+    total_steps: tuple[int, int] = (150, 450),
+    clean_weight: float = 0.5,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    report: Callable[[int, Generation], None] | None = None,
+) -> list[Generation]:
+    """Move a meta-optimizer along a few named directions to where whole training runs end best (cross-entropy method).
+
+    Truncated back-propagation judges a rule by what it does within a window; this judges by where a run ends. Each generation
+    draws tasks and, from a normal distribution per knob, ``population - 1`` settings beside the present mean; trains every task
+    with every setting, all under the same randomness; and moves mean and spread towards those of the ``elite`` settings whose
+    score (robust accuracy plus ``clean_weight`` times clean accuracy, on judging examples, mean over tasks) is highest
+    (Rubinstein, 1999). The optimizer ends at the mean, which no single lucky score decides.
+
+    Several processes. Where ``torch.distributed`` is initialised, each process calls this with the same arguments; they share
+    the settings of a generation and end with the same numbers. Rank 0 writes the checkpoint.
+
+    Args:
+        meta_optimizer: moved in place, from where it is.
+        sample_tasks: gives the tasks of a generation, a pure function of the generator it is handed
+            (``TaskDistribution.one_of_each``).
+        knobs: names of ``InterpretableOptimizer.knobs()`` and the spread to begin with; default: all, with their own.
+        generations: rounds of the search.
+        population: settings per round.
+        elite: settings that the next round is drawn around.
+        total_steps: least and most optimizee steps of a task, drawn log-uniformly.
+        clean_weight: what a point of clean accuracy counts beside a point of robust accuracy.
+        seed: of all randomness here.
+        checkpoint: file that mean and spread go to after each generation, atomically; when it exists, the search goes on from
+            it and ends with the same numbers as without a stop.
+        report: called with (generation, what it found); default: a progress bar when in a terminal.
+
+    Raises:
+        ValueError: an unknown knob, a setting out of range, or the checkpoint belongs to a search with other settings.
+    """
+    settings = MetaSearchSettings(
+        generations=generations,
+        population=population,
+        elite=elite,
+        total_steps=total_steps,
+        clean_weight=clean_weight,
+        seed=seed,
+    )
+    if not isinstance(meta_optimizer, InterpretableOptimizer):
+        raise TypeError(f"meta_search must be given an InterpretableOptimizer, got {type(meta_optimizer).__name__}")
+    available = meta_optimizer.knobs()
+    spreads = {name: spread for name, (spread, _) in available.items()} if knobs is None else dict(knobs)
+    for name, spread in spreads.items():
+        require(name in available, "knobs", f"among {', '.join(available)}", repr(name))
+        finite(name, spread, above=0.0)
+    start = {name: p.detach().clone() for name, p in meta_optimizer.named_parameters()}
+    first = torch.tensor(list(spreads.values()), dtype=torch.float64)
+    mean, spread, history = torch.zeros_like(first), first.clone(), list[Generation]()
+    threat_models: dict[str, Any] | None = None
+    path = None if checkpoint is None else Path(checkpoint)
+    identity = asdict(settings) | {"knobs": spreads, "optimizer": meta_optimizer.settings}
+    if path is not None and path.exists():
+        mean, spread, history, threat_models = _resumed(path, identity)
+
+    def move(by: Tensor) -> None:
+        with torch.no_grad():
+            for name, p in meta_optimizer.named_parameters():
+                p.copy_(start[name])
+        meta_optimizer.turn(dict(zip(spreads, by.tolist(), strict=True)))
+
+    try:
+        with progress_bar("meta-search", generations, silent=report is not None or rank() > 0) as advance:
+            advance(len(history))
+            while len(history) < generations:
+                draw = torch.Generator().manual_seed(1_000_003 * seed + len(history))
+                tasks = [(task, _steps(total_steps, draw)) for task in sample_tasks(draw)]
+                for task, _ in tasks:
+                    threat_models = widened(threat_models, task.threat_model)
+                moves = mean + spread * torch.randn(population, len(first), generator=draw, dtype=torch.float64)
+                moves[-1] = mean
+                scores = torch.zeros(population, dtype=torch.float64)
+                for i in range(rank(), population, processes()):
+                    move(moves[i])
+                    scores[i] = _score(meta_optimizer, tasks, settings)
+                (scores,) = summed([scores])
+                chosen = moves[scores.argsort(descending=True, stable=True)[:elite]]
+                mean = KEPT * mean + (1 - KEPT) * chosen.mean(0)
+                spread = KEPT * spread + (1 - KEPT) * (chosen.std(0, correction=0) + LEAST_SPREAD * first)
+                like_rank_0([mean, spread])
+                told = (scores.max().item(), scores[-1].item(), scores.median().item())
+                history.append(Generation(*told, dict(zip(spreads, mean.tolist(), strict=True))))
+                advance(1, f"score {scores[-1]:.3f}")
+                if report is not None:
+                    report(len(history), history[-1])
+                if path is not None and rank() == 0:
+                    _write(path, identity, mean, spread, history, threat_models)
+        move(mean)
+    except BaseException:
+        move(torch.zeros_like(mean))  # an interrupt leaves the rule as it was; the checkpoint has the progress
+        raise
+    meta_optimizer.record = {
+        "meta_search": identity,
+        "knobs": dict(zip(spreads, mean.tolist(), strict=True)),
+        "scores": [generation.mean for generation in history],
+        "threat_models": threat_models,
+        "metarobust": __version__,
+        "torch": torch.__version__,
+    }
+    return history
+
+
+def _steps(total_steps: tuple[int, int], draw: torch.Generator) -> int:
+    low, high = total_steps
+    return round(low * math.exp(float(torch.rand((), generator=draw)) * math.log(high / low)))
+
+
+def _score(rule: InterpretableOptimizer, tasks: Sequence[tuple[ClassificationTask, int]], settings: MetaSearchSettings) -> float:
+    """Mean over tasks of robust plus weighted clean accuracy at the end of a run."""
+    found = []
+    for number, (task, steps) in enumerate(tasks):
+        generator = torch.Generator().manual_seed(1_000_003 * settings.seed + number)
+        final = train_optimizees(task, reading_streams(rule, total_steps=steps), total_steps=steps, generator=generator)[steps]
+        robust = task.meta_accuracy(final, generator=generator).mean().item()
+        found.append(robust + settings.clean_weight * task.clean_accuracy(final).mean().item())
+    return sum(found) / len(found)
+
+
+def _write(
+    path: Path, identity: dict[str, Any], mean: Tensor, spread: Tensor, history: list[Generation], threat_models: Any
+) -> None:
+    header = {"format": FORMAT, "identity": identity, "threat_models": threat_models}
+    write_tensors(path, {"mean": mean, "spread": spread}, header | {"history": [list(g) for g in history]})
+
+
+def _resumed(path: Path, identity: dict[str, Any]) -> tuple[Tensor, Tensor, list[Generation], Any]:
+    tensors, header = read_tensors(path, expected=FORMAT)
+    theirs = header["identity"]
+    mine = identity | {"total_steps": list(identity["total_steps"])}
+    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    shown = ", ".join(f"{k}={theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differing)
+    remedy = "use the same settings or another path"
+    require(not differing, f"checkpoint {path}", "of a search with the same settings", shown, remedy)
+    history = [Generation(best, mean, median, knobs) for best, mean, median, knobs in header["history"]]
+    return tensors["mean"], tensors["spread"], history, header["threat_models"]
