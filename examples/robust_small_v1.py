@@ -1,6 +1,6 @@
 """How the shipped meta-optimizer robust-small-v1 was learned: whole training runs of small networks on a part of the digits.
 
-    uv run python examples/robust_small_v1.py [--quick] [--variant robust] [--out robust-small-v1.safetensors]
+    uv run python examples/robust_small_v1.py [--quick] [--variant robust] [--seed 0]
     uv run torchrun --nproc-per-node 2 examples/robust_small_v1.py     # the settings of a generation shared by two processes
 
 Twelve numbers of an `InterpretableOptimizer` are searched: learning rate and its slope, weight decay, L1 on the first layer, and
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small generations: to see it run, not to use the result")
     parser.add_argument("--variant", choices=("robust", "clean", "one-stream"), default="robust")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("robust-small-v1.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("robust_small_v1.safetensors"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if distributed.is_torchelastic_launched():
@@ -71,7 +71,8 @@ def main() -> None:
 
     def report(generation: int, found: Generation) -> None:
         if first:
-            print(f"generation {generation}: best {found.best:.3f}, mean {found.mean:.3f}, median {found.median:.3f}", flush=True)
+            told = f"best {found.best:.3f}, at the mean {found.mean:.3f}, median {found.median:.3f}"
+            print(f"generation {generation}, robust plus half of clean accuracy: {told}", flush=True)
 
     rule = starting_point(source)
     meta_search(

@@ -16,9 +16,13 @@ from metarobust import __version__
 from metarobust.command_line._bound import Bound
 from metarobust.command_line._demo import Demo
 from metarobust.command_line._evaluate import Evaluate
+from metarobust.command_line._meta_train import MetaTrain
 from metarobust.command_line._train import Train
+from metarobust.command_line._transfer import Transfer
 
-VERBS: dict[str, type] = {"demo": Demo, "train": Train, "evaluate": Evaluate, "bound": Bound}
+VERBS: dict[str, type] = {
+    "demo": Demo, "train": Train, "evaluate": Evaluate, "bound": Bound, "meta-train": MetaTrain, "transfer": Transfer,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["--version"]:
         return _version()
     verb = _parse(words)
-    if not isinstance(verb, (Demo, Train, Evaluate, Bound)):
+    if not isinstance(verb, (Demo, Train, Evaluate, Bound, MetaTrain, Transfer)):
         return None
     try:
         verb.run()
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         kept = "interrupted; files that were complete stay, nothing was half-written"
-        _end(verb.interrupted() if isinstance(verb, (Train, Evaluate)) else kept, 130)
+        _end(verb.interrupted() if isinstance(verb, (Train, Evaluate, MetaTrain)) else kept, 130)
 
 
 def _parse(words: list[str]) -> object:

@@ -13,8 +13,8 @@ from metarobust.command_line._train_checks import check_numbers, check_read
 class Train:
     """Train a classifier on a robust objective, and keep the parameters of the best epoch on held-out training data.
 
-    Writes NAME.safetensors (best epoch), NAME-last.safetensors, NAME.json, NAME.png and, for mlp and cnn, NAME.py. A command that
-    was interrupted goes on when it is repeated. Test data is not touched: the last line says how to judge the model on it.
+    Writes NAME.safetensors (best epoch), NAME-last.safetensors, NAME.json, NAME.png and, for named networks, NAME.py. A command
+    that was interrupted goes on when it is repeated. Test data is not touched: the last line says how to judge the model on it.
 
     Example: metarobust train --objective armor-trades --radius 0.1 --data mnist --epsilon 0.3 --warm-up 5 --out armor.safetensors
     """
@@ -33,8 +33,9 @@ class Train:
     out: Path = Path("metarobust-model.safetensors")
     """File for the best parameters, NAME.safetensors; the other files stand beside it."""
     model: str | None = None
-    """mlp or cnn, perhaps with widths (mlp:256,256 or cnn:32,64), or FILE.py:FUNCTION as for metarobust evaluate.
-    Default: mlp:128 for images of up to 8 x 8 pixels or not square, otherwise cnn:32,64."""
+    """mlp, cnn or residual, perhaps with widths (mlp:256,256, cnn:32,64, residual:8,16,32; multiples of 4 for the last), or
+    FILE.py:FUNCTION as for metarobust evaluate. Default: mlp:128 for images of up to 8 x 8 pixels or not square, otherwise
+    cnn:32,64."""
     norm: Literal["linf", "l2", "l1"] = "linf"
     """Norm of the ball."""
     steps: int = 10

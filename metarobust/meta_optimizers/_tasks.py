@@ -1,6 +1,7 @@
 """The task a meta-optimizer is trained on: classify a small subset, and be judged on fresh, possibly attacked examples."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ class ClassificationTask:
             (zeros, at no cost).
         meta_attack: moves the judging examples; None judges on clean ones.
         meta_objective: in place of the cross-entropy on examples that ``meta_attack`` moved, any robust objective of
-            :mod:`metarobust.objectives` as the meta-loss; accuracies are still judged under ``meta_attack``. One that weighs
-            examples against each other (ARMOR) weighs those of all copies together.
+            :mod:`metarobust.objectives` as the meta-loss; accuracies are still judged under ``meta_attack``. ARMOR, which weighs
+            examples against each other, weighs those of all copies together, and its one number counts for each copy.
         source: which second stream, see ``record_factors``; the meta-optimizer's ``gradient_source``.
         training_attack: moves the training examples too: adversarial training, or the paper's own regime.
         batch_size: training examples per step and copy, drawn without replacement; at most the subset's size.
@@ -119,7 +120,10 @@ class ClassificationTask:
         """Loss ``[optimizees]`` on fresh examples: ``meta_objective``, or cross-entropy after ``meta_attack``."""
         if self.meta_objective is not None:
             x, y = self._draw(self.held_out, self.meta_batch_size, generator)
-            return self._by_copy(self.meta_objective(self.model(parameters), x, y, generator=generator))
+            values = self.meta_objective(self.model(parameters), x, y, generator=generator)
+            if isinstance(values, Tensor):
+                return self._by_copy(values)
+            return cast("Any", values).loss.expand(self.optimizees)  # ARMOR: one number for the joint batch
         x, y = self._judging_batch(parameters, self.meta_batch_size, generator)
         return self._losses(self.model(parameters), x, y)
 

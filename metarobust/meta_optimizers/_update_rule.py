@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from metarobust.threat_models import ThreatModel
 
 COEFFICIENT_SPEED = 8.0
 """Factor coefficients are stored divided by this: Adam moves every stored number alike, and these have further to go."""
+
+if TYPE_CHECKING:
+    from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 
 LARGEST = 1e15
 """Gradients are clamped to this size, so that their squares stay finite in float32."""
@@ -64,7 +67,7 @@ class UpdateRule(nn.Module):
 
         return transformation(cast("Any", self), total_steps=total_steps, stacked=stacked)
 
-    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> torch.optim.Optimizer:
+    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> "LearnedOptimizer":
         """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
         from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 

@@ -1,0 +1,223 @@
+"""Task distributions and the search by whole runs: draws, resume, processes' share of the work, what is learned."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metarobust.attacks import PGD, count_calls
+from metarobust.data import LabelledImages, digits_pools
+from metarobust.divergences import KL
+from metarobust.meta_optimizers import (
+    ClassificationTask,
+    Generation,
+    InterpretableOptimizer,
+    LSTMOptimizer,
+    TaskDistribution,
+    load,
+    meta_search,
+    meta_train,
+    save,
+)
+from metarobust.models import mlp
+from metarobust.objectives import ARMOR, TRADES, AdversarialTraining
+from metarobust.threat_models import ThreatModel
+
+TASKS = TaskDistribution(
+    architectures={"narrow": partial(mlp, [64, 4, 10]), "wide": partial(mlp, [64, 8, 10])},
+    datasets={"digits": digits_pools(0).meta_train},
+    examples=(40, 60),
+    copies=2,
+)
+SMALL = {"generations": 3, "population": 4, "elite": 2, "total_steps": (4, 8)}
+
+
+def width(task: ClassificationTask) -> int:
+    return next(task.build().parameters()).shape[0]
+
+
+def test_a_distribution_draws_within_its_ranges_and_repeats_itself() -> None:
+    found = [TASKS(torch.Generator().manual_seed(seed)) for seed in range(16)]
+    assert {task.examples for task in found} <= set(range(40, 61))
+    assert len({task.examples for task in found}) > 5
+    radii = [task.threat_model.epsilon for task in found if task.threat_model is not None]
+    assert 0.05 <= min(radii) < 0.08
+    assert 0.11 < max(radii) <= 0.15
+    assert {width(task) for task in found} == {4, 8}
+    again = TASKS(torch.Generator().manual_seed(3))
+    assert torch.equal(again.subsets, found[3].subsets)
+    assert again.threat_model == found[3].threat_model
+    assert all(task.meta_attack == PGD(threat_model=task.threat_model, steps=5) for task in found if task.threat_model)
+
+
+def test_one_of_each_has_every_architecture_and_spreads_the_radii() -> None:
+    for seed in range(10):
+        tasks = TASKS.one_of_each(torch.Generator().manual_seed(seed))
+        assert [width(task) for task in tasks] == [4, 8]
+        radii = sorted(task.threat_model.epsilon for task in tasks if task.threat_model is not None)
+        middle = (0.05 * 0.15) ** 0.5
+        assert radii[0] <= middle <= radii[1]
+
+
+def test_a_distribution_with_one_stream_and_a_clean_judge() -> None:
+    task = replace(TASKS, source=None, attack=None)(torch.Generator().manual_seed(0))
+    assert task.threat_model is None
+    assert task.source == "gradient"
+    assert task.meta_attack is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architectures": {}}, "architectures must be at least one"),
+        ({"datasets": {}}, "datasets must be at least one"),
+        ({"examples": (60, 40)}, r"examples must be a pair \(least, most\)"),
+        ({"epsilon": (0.2, 0.1)}, r"epsilon must be a pair \(least, largest\)"),
+        ({"epsilon": (0.0, 0.1)}, "epsilon must be a finite number > 0"),
+        ({"copies": 0}, "copies must be an integer >= 1"),
+    ],
+)
+def test_bad_distributions(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        replace(TASKS, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", [TRADES, ARMOR], ids=["trades", "armor"])
+def test_a_robust_objective_as_the_meta_loss(objective: type) -> None:
+    """The meta-loss is the objective's value on the judging examples, copy by copy for one that treats examples apart."""
+
+    def make(ball: ThreatModel) -> TRADES | ARMOR:
+        base = AdversarialTraining(attack=PGD(threat_model=ball, steps=2))
+        return TRADES(threat_model=ball, steps=2) if objective is TRADES else ARMOR(robust_loss=base, divergence=KL(), radius=0.1)
+
+    task = replace(TASKS, meta_objective=make)(torch.Generator().manual_seed(0))
+    parameters = tuple(p.requires_grad_() for p in task.initial_parameters(generator=torch.Generator().manual_seed(1)))
+    with count_calls() as calls:
+        losses = task.meta_loss(parameters, generator=torch.Generator().manual_seed(2))
+    assert calls.calls == 1
+    assert losses.shape == (2,)
+    generator = torch.Generator().manual_seed(2)
+    x, y = task._draw(task.held_out, task.meta_batch_size, generator)
+    assert task.threat_model is not None
+    values = make(task.threat_model)(task.model(parameters), x, y, generator=generator)
+    expected = values.reshape(2, -1).mean(1) if isinstance(values, torch.Tensor) else values.loss.expand(2)
+    torch.testing.assert_close(losses, expected)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(losses.sum(), parameters))
+    rule = InterpretableOptimizer(gradient_source="gradient+adversarial_estimate")
+    distribution = replace(TASKS, meta_objective=make)
+    assert len(meta_train(rule, distribution, iterations=2, total_steps=4, unroll=2, slots=2, report=lambda *_: None).losses) == 2
+
+
+def test_knobs_turn_what_their_names_say() -> None:
+    rule = InterpretableOptimizer(gradient_source="gradient+adversarial_estimate")
+    before = {t: rule.coefficients(role="first dense", fan_in=64, time=t) for t in (0.0, 1.0)}
+    rule.turn({"learning rate": 0.7, "learning rate, slope": -0.3, "weight decay": 2.0, "l1, first": 1.0, "factor, first": 0.5})
+    rule.turn({"factor, first, slope": 0.2, "factor, biases and normalisations": -0.4})
+    for time, slope in ((0.0, 0.3), (1.0, -0.3)):
+        told = rule.coefficients(role="first dense", fan_in=64, time=time)
+        grown = {name: told[name] / before[time][name] for name in ("adam", "l2", "l1", "momentum")}
+        expected = [torch.tensor(v).exp().item() for v in (0.7 + slope, 2.0, 1.0, 0.0)]
+        assert list(grown.values()) == pytest.approx(expected, rel=1e-4)
+        assert told["factor"] == pytest.approx(0.5 - slope * 2 / 3, abs=1e-5)
+    assert rule.coefficients(role="bias", fan_in=64, time=0.5)["factor"] == pytest.approx(-0.4, abs=1e-5)
+    assert rule.coefficients(role="inner dense", fan_in=64, time=0.5)["l1"] == pytest.approx(1e-6, rel=1e-3)
+    assert not any("factor" in name for name in InterpretableOptimizer(gradient_source="gradient").knobs())
+    with pytest.raises(ValueError, match="by must be one of 'learning rate'"):
+        rule.turn({"momentum": 1.0})
+
+
+def search(rule: InterpretableOptimizer, path: Path | None = None, stop: int | None = None, **more: Any) -> list[Generation]:
+    def report(generation: int, found: Generation) -> None:
+        if generation == stop:
+            raise KeyboardInterrupt
+
+    return meta_search(rule, TASKS.one_of_each, checkpoint=path, report=report, **(SMALL | more))  # type: ignore[arg-type]
+
+
+def fresh() -> InterpretableOptimizer:
+    return InterpretableOptimizer(gradient_source="gradient+adversarial_estimate")
+
+
+def test_an_interrupted_search_leaves_the_rule_and_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    straight = fresh()
+    history = search(straight)
+    assert len(history) == 3
+    halted = fresh()
+    start = {name: p.detach().clone() for name, p in halted.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        search(halted, tmp_path / "search", stop=3)
+    assert all(torch.equal(p, start[name]) for name, p in halted.named_parameters())
+    resumed = fresh()
+    assert search(resumed, tmp_path / "search") == history  # two generations were kept, the third is done again
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.record["threat_models"] == straight.record["threat_models"]
+    assert load(save(resumed, tmp_path / "rule.safetensors")).record["knobs"] == history[-1].knobs
+    with pytest.raises(ValueError, match=r"clean_weight=0.5 there and 2.0 here"):
+        search(fresh(), tmp_path / "search", clean_weight=2.0)
+
+
+def test_the_search_finds_a_learning_rate() -> None:
+    """From a learning rate that is far too low, the score of the mean rises well beyond the spread of the first settings."""
+    rule = InterpretableOptimizer(gradient_source="gradient", initial_learning_rate=1e-4)
+    history = meta_search(
+        rule,
+        replace(TASKS, source=None, attack=None).one_of_each,
+        knobs={"learning rate": 2.0},
+        generations=6,
+        population=6,
+        elite=2,
+        total_steps=(40, 40),
+        report=lambda *_: None,
+    )
+    assert history[-1].mean > history[0].best + 0.05
+    assert rule.coefficients(role="inner dense", fan_in=64, time=0.5)["adam"] > 3e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"elite": 4}, r"elite must be below population \(=4\)"),
+        ({"generations": 0}, "generations must be an integer >= 1"),
+        ({"total_steps": (8, 4)}, r"total_steps must be a pair \(least, most\)"),
+        ({"knobs": {"momentum": 1.0}}, "knobs must be among learning rate"),
+        ({"knobs": {"learning rate": 0.0}}, "learning rate must be a finite number > 0"),
+        ({"clean_weight": -1.0}, "clean_weight must be a finite number >= 0"),
+    ],
+)
+def test_bad_searches(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        search(fresh(), **change)
+
+
+def test_only_what_can_be_turned_is_searched() -> None:
+    with pytest.raises(TypeError, match="must be given an InterpretableOptimizer, got LSTMOptimizer"):
+        meta_search(LSTMOptimizer(), TASKS.one_of_each)  # type: ignore[arg-type]
+
+
+def test_meta_training_refuses_tasks_of_another_source() -> None:
+    with pytest.raises(ValueError, match=r"source='gradient\+perturbed_factors'"):
+        meta_train(InterpretableOptimizer(), TASKS, iterations=1, total_steps=2, unroll=2, slots=1)
+
+
+def test_scores_count_clean_and_robust_accuracy() -> None:
+    pool = LabelledImages(digits_pools(0).meta_train.images[:80], digits_pools(0).meta_train.labels[:80], 10)
+    task = ClassificationTask(
+        build=partial(mlp, [64, 4, 10]),
+        dataset=pool,
+        subsets=torch.arange(40).reshape(2, 20),
+        threat_model=ThreatModel(epsilon=0.3),
+        meta_attack=PGD(threat_model=ThreatModel(epsilon=0.3), steps=3),
+    )
+    parameters = task.initial_parameters(generator=torch.Generator().manual_seed(0))
+    clean = task.clean_accuracy(parameters)
+    for copy in range(2):
+        model = task.build()
+        model.load_state_dict(dict(zip(model.state_dict(), (p[copy] for p in parameters), strict=True)))
+        rows = task.held_out[copy]
+        expected = (model(pool.images[rows]).argmax(1) == pool.labels[rows]).float().mean()
+        assert clean[copy] == pytest.approx(expected.item())
+    assert (task.meta_accuracy(parameters, generator=torch.Generator().manual_seed(0)) <= clean).all()
