@@ -78,7 +78,7 @@ def main() -> None:
     meta_search(
         rule,
         tasks.one_of_each,
-        generations=2 if arguments.quick else 10,
+        generations=2 if arguments.quick else 8,
         population=4 if arguments.quick else 16,
         elite=2 if arguments.quick else 5,
         total_steps=(20, 40) if arguments.quick else (150, 450),

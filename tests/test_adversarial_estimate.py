@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metarobust._tensors import per_example
 from metarobust.meta_optimizers import FactorGradients, factor_gradients
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.models import Normalize, cnn, mlp, residual_network, stack
@@ -33,7 +34,7 @@ def streams(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel = 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_exact_for_two_classes_and_a_linear_model(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     """There the worst move is linear, and g + h is the gradient at the adversarial example, of the bias too."""
-    monkeypatch.setattr(estimate, "REACH_FIRST", 1.0)
+    monkeypatch.setattr(estimate, "REACH", 1.0)
     torch.manual_seed(0)
     model = mlp([64, 2]).double()
     x, y = batch(classes=2)
@@ -49,11 +50,12 @@ def test_exact_for_two_classes_and_a_linear_model(monkeypatch: pytest.MonkeyPatc
         assert change.abs().max() > 0.02 * there.abs().max(), "the change is no rounding matter"
 
 
-def test_perceptron_written_out() -> None:
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_perceptron_written_out(norm: str) -> None:
     torch.manual_seed(0)
     model = mlp([64, 5, 10]).double()
     x, y = batch()
-    _, _, h = streams(model, x, y)
+    _, _, h = streams(model, x, y, ThreatModel(norm=norm, epsilon=0.1))
     w1, b1, w2, b2 = model.parameters()
     a1 = x.flatten(1).requires_grad_()
     z1 = a1 @ w1.T + b1
@@ -61,15 +63,17 @@ def test_perceptron_written_out() -> None:
     z2 = a2 @ w2.T + b2
     d1, d2, da1, da2 = torch.autograd.grad(F.cross_entropy(z2, y), (z1, z2, a1, a2))
     with torch.no_grad():
-        e1 = (a1 + 0.1 * da1.sign()).clamp(0, 1) - a1
+        step = da1.sign() if norm == "linf" else da1 / da1.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        e1 = (a1 + 0.1 * step).clamp(0, 1) - a1
         rise = (e1 * da1).sum(1)
-        e2 = rise[:, None] * da2 / da2.square().sum(1, keepdim=True)
+        along = da2.sign() if norm == "linf" else da2
+        e2 = rise[:, None] * along / (along * da2).sum(1, keepdim=True).clamp(min=1e-30)
         torch.testing.assert_close((e2 * da2).sum(1), rise)  # what a balanced move is
         p = z2.softmax(1).gather(1, y[:, None]).squeeze(1)
         drop = rise * len(x) / (1 - p)
         moved = torch.sigmoid(p.logit() - drop)
         r = ((1 - moved) / (1 - p))[:, None]
-        for found, d, a, e, reach in ((h[0], d1, a1, e1, estimate.REACH_FIRST), (h[2], d2, a2, e2, estimate.REACH_OTHERS)):
+        for found, d, a, e, reach in ((h[0], d1, a1, e1, estimate.REACH), (h[2], d2, a2, e2, 1.0)):
             torch.testing.assert_close(found, d.T @ (r * (a + reach * e) - a), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(h[1], ((r - 1) * d1).sum(0), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(h[3], ((r - 1) * d2).sum(0), rtol=1e-5, atol=1e-7)
@@ -117,8 +121,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_without_moves_it_is_the_gradient_of_the_reweighted_loss(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """With the moves left out, h is exactly the gradient of sum_i (r_i - 1) L_i, for every parameter of every layer kind."""
-    monkeypatch.setattr(estimate, "REACH_FIRST", 0.0)
-    monkeypatch.setattr(estimate, "REACH_OTHERS", 0.0)
+    monkeypatch.setattr(estimate, "moved_factor", lambda inputs, move, size, ratio: inputs * per_example(ratio - 1, inputs))
     torch.manual_seed(0)
     model = MODELS[name]().double()
     x, y = batch()

@@ -92,7 +92,10 @@ def test_bad_flags_exit_with_2_and_one_sentence(arguments: tuple[str, ...], tmp_
         ("evaluate --data mnist", "evaluate needs --model, --epsilon"),
         ("bound --model a:b --epsilons 1 --data mnist", "bound does not know --model"),
         ("demo --fast", "demo does not know --fast"),
-        ("evalute --norm l2", "the first word must be one of demo, train, evaluate, bound, version, got 'evalute'"),
+        (
+            "evalute --norm l2",
+            "the first word must be one of demo, train, evaluate, bound, meta-train, transfer, version, got 'evalute'",
+        ),
     ],
 )
 @pytest.mark.parametrize("columns", ["40", "200"])

@@ -28,6 +28,7 @@ from metarobust.data import LabelledImages, LowDataTasks, digits_pools
 from metarobust.divergences import KL
 from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer, TaskDistribution, meta_search, meta_train, save
+from metarobust.meta_optimizers._distribution import pgd_5
 from metarobust.objectives import ARMOR, TRADES, AdversarialTraining, BETATraining
 from metarobust.threat_models import ThreatModel
 from metarobust.training._distributed import Processes
@@ -156,7 +157,7 @@ def prepared(flags: "MetaTrain", pools: dict[str, LabelledImages], processes: in
         meta_objective=OBJECTIVES.get(flags.meta_loss),
         copies=flags.copies or (1 if flags.meta_loss == "beta" else 4),
         batch_size=flags.batch_size,
-        **({"attack": None} if flags.meta_loss == "clean" else {}),
+        attack=None if flags.meta_loss == "clean" else pgd_5,
     )
     return Job(flags=flags, rule=starting_rule(flags), tasks=tasks, resumed=goes_on(flags), processes=processes)
 

@@ -181,7 +181,7 @@ def conclusion(judged: Judged, share: float | None, runs: int) -> list[str]:
     if runs > 1:
         said.append(f"passes are those of the chosen run; {runs - 1} runs were trained to choose the baselines' learning rates")
     for method, report in judged:
-        said += [f"{method.name}: {doubt.message}" for doubt in report.warnings]
+        said += [f"{method.name}: {doubt}" for doubt in report.warnings]
     return said
 
 
@@ -189,7 +189,7 @@ def cells(method: Trained, report: RobustnessReport) -> list[str]:
     """One row of the table."""
     rate = "its own" if method.learning_rate is None else f"{method.learning_rate:g}"
     low, high = report.worst_case_interval
-    accuracies = f"{report.clean_accuracy:.3f}", f"{report.worst_case_accuracy:.3f} ({low:.3f} to {high:.3f})"
+    accuracies = f"{report.clean_accuracy:.3f}", f"{report.worst_case_accuracy:.3f} ({low:.2f} to {high:.2f})"
     doubts = ", ".join(doubt.check for doubt in report.warnings) or "none"
     return [method.name, rate, f"{method.passes:.0f}", *accuracies, doubts]
 
@@ -203,7 +203,8 @@ def print_table(judged: Judged, threat_model: ThreatModel, parts: Parts) -> None
     title = f"accuracy on {len(parts.test):,} test examples, {norm}, epsilon {threat_model.epsilon:.4g}, 95 % intervals"
     table = Table(title=title, title_justify="left")
     for column in ("method", "learning rate", "passes", "clean", "worst case", "doubts"):
-        table.add_column(column, justify="left" if column in ("method", "doubts") else "right", overflow="fold")
+        justify = "left" if column in ("method", "doubts") else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "worst case")
     for method, report in judged:
         table.add_row(*cells(method, report))
     Console(highlight=False).print(table)

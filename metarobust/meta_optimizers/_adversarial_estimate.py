@@ -2,9 +2,10 @@ r"""What an adversarial example would change in each layer's factors, estimated 
 
 A worst move of the input raises the loss of example i, to first order, by :math:`\rho_i = \langle \nabla_x L_i, e_{1,i} \rangle`.
 By the chain rule the move that it causes at the input of any later layer has that same product with the gradient there. Of all
-moves with this property the shortest is
+moves with this property the shortest in the threat model's norm is
 
-.. math:: e_{l,i} = \rho_i \, \nabla_{a_l} L_i / \|\nabla_{a_l} L_i\|^2 ,
+.. math:: e_{l,i} = \rho_i \, s_i / \langle s_i, \nabla_{a_l} L_i \rangle, \qquad
+          s_i = \mathrm{sign}(\nabla_{a_l} L_i) \text{ for } l_\infty, \quad \nabla_{a_l} L_i \text{ for } l_2 ,
 
 which follows epsilon by itself and needs no scale of activations. The prediction changes too: :math:`\rho_i` lowers the margin
 of the label against all other classes by :math:`\delta_i = \rho_i / |\partial L_i / \partial z_{i,y}|`, so that the label's
@@ -24,8 +25,8 @@ from metarobust._checks import require
 from metarobust._tensors import per_example
 from metarobust.models._stacked import StackedAffine, StackedConv2d
 
-REACH_FIRST, REACH_OTHERS = 1.25, 1.5
-"""Factor on the moves. The shortest move that explains the rise is shorter than the true one; docs/transfer.md has the trials."""
+REACH = 1.25
+"""Factor on the first layer's move, as on the step of FGSM training (Wong et al., 2020); docs/transfer.md has the trials."""
 LARGEST_DROP = 9.0
 """Margins are taken to fall by at most this: beyond it an example's prediction is lost anyway."""
 NORMALISATIONS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm, StackedAffine)
@@ -77,8 +78,8 @@ def moved_factor(inputs: Tensor, move: Tensor, size: Tensor, ratio: Tensor) -> T
     return torch.addcmul(inputs * per_example(kept, inputs), move, per_example((ratio * size).to(inputs.dtype), inputs))
 
 
-def balanced_size(gradient: Tensor, rise: Tensor) -> Tensor:
-    """Size s of the move along the gradient that explains the rise, ``[batch]``."""
+def balanced_size(direction: Tensor, gradient: Tensor, rise: Tensor) -> Tensor:
+    """Size of the move in this direction that explains the rise, ``[batch]``."""
     require(
         len(gradient) == len(rise),
         "model",
@@ -86,7 +87,7 @@ def balanced_size(gradient: Tensor, rise: Tensor) -> Tensor:
         f"a layer with {len(gradient)} rows for {len(rise)} examples",
         "keep other axes apart, as in [batch, tokens, features]",
     )
-    return rise / exact(gradient).flatten(1).square().sum(1).clamp(min=_TINY)
+    return rise / (exact(direction) * exact(gradient)).flatten(1).sum(1).clamp(min=_TINY)
 
 
 def summed_like(shape: torch.Size, layer: nn.Module, values: Tensor) -> Tensor:

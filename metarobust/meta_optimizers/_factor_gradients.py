@@ -170,9 +170,10 @@ class FactorRecorder:
         for call, input_gradient, output_gradient in factors:
             if isinstance(call.layer, LAYERS):
                 if call.first:
-                    move, size = moves[call], torch.full_like(rise, estimate.REACH_FIRST)
+                    move, size = moves[call], torch.full_like(rise, estimate.REACH)
                 else:
-                    move, size = input_gradient, estimate.REACH_OTHERS * estimate.balanced_size(input_gradient, rise)
+                    move = self.threat_model.ascent_direction(input_gradient)
+                    size = estimate.balanced_size(move, input_gradient, rise)
                 changed = estimate.moved_factor(call.inputs, move, size, ratio)
                 yield call.weight, weight_gradient(call, changed, output_gradient)
             grown = output_gradient * per_example(ratio - 1, output_gradient)
