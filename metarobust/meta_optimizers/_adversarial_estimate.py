@@ -71,15 +71,13 @@ def prediction_ratio(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> T
     return (F.logsigmoid(drop - margin) - F.logsigmoid(-margin)).exp()
 
 
-def moved_factor(inputs: Tensor, move: Tensor, size: Tensor, ratio: Tensor) -> Tensor:
-    r"""``r (a + s e) - a`` with one size s and one ratio r per example: the factor whose product with d is the second stream."""
-    move = move.to(inputs.dtype)
-    kept = (ratio - 1).to(inputs.dtype)
-    return torch.addcmul(inputs * per_example(kept, inputs), move, per_example((ratio * size).to(inputs.dtype), inputs))
+def changed_input(inputs: Tensor, move: Tensor, ratio: Tensor) -> Tensor:
+    """``r (a + e) - a`` of a first layer: the factor whose product with d is the second stream."""
+    return _plus_kept((REACH * ratio).to(inputs.dtype), move.to(inputs.dtype), inputs, ratio, signs=False)
 
 
-def balanced_size(direction: Tensor, gradient: Tensor, rise: Tensor) -> Tensor:
-    """Size of the move in this direction that explains the rise, ``[batch]``."""
+def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, ratio: Tensor, norm: str) -> Tensor:
+    """The same of a later layer, for its balanced move."""
     require(
         len(gradient) == len(rise),
         "model",
@@ -87,17 +85,33 @@ def balanced_size(direction: Tensor, gradient: Tensor, rise: Tensor) -> Tensor:
         f"a layer with {len(gradient)} rows for {len(rise)} examples",
         "keep other axes apart, as in [batch, tokens, features]",
     )
-    return rise / (exact(direction) * exact(gradient)).flatten(1).sum(1).clamp(min=_TINY)
+    rows = exact(gradient).flatten(1)
+    slope = torch.linalg.vector_norm(rows, ord=1, dim=1) if norm == "linf" else rows.square().sum(1)
+    return _plus_kept((ratio * rise / slope.clamp(min=_TINY)).to(inputs.dtype), gradient, inputs, ratio, signs=norm == "linf")
 
 
-def summed_like(shape: torch.Size, layer: nn.Module, values: Tensor) -> Tensor:
-    """``values``, shaped like a layer's output, summed over all that one entry of its gain or bias is applied to."""
-    copies = getattr(layer, "copies", None)
-    rows = values[None] if copies is None else values.unflatten(0, (copies, -1))
+def _plus_kept(size: Tensor, along: Tensor, inputs: Tensor, ratio: Tensor, *, signs: bool) -> Tensor:
+    """``size * along + (ratio - 1) * inputs`` with one size and ratio per example; ``signs``: along its signs alone.
+
+    In two passes over memory. A gradient of exactly zero counts as positive there, which no product with d can see: it is a sum
+    of terms with d, and but for a coincidence they are all zero.
+    """
+    size = per_example(size, inputs)
+    moved = torch.copysign(size, along) if signs else size * along
+    kept = per_example((ratio - 1).to(inputs.dtype), inputs)
+    return torch.addcmul(moved, inputs, kept) if moved.requires_grad else moved.addcmul_(inputs.detach(), kept)
+
+
+def summed_like(shape: torch.Size, layer: nn.Module, values: Tensor, weights: Tensor) -> Tensor:
+    """``values``, shaped like a layer's output and weighted by example, summed over all that one gain or bias applies to."""
+    copies = getattr(layer, "copies", 1)
+    weights = weights.to(values.dtype).unflatten(0, (copies, -1))
+    rows = values.unflatten(0, (copies, -1))
     if isinstance(layer, CHANNELS_FIRST) or (isinstance(layer, StackedAffine) and layer.trailing):
-        return rows.flatten(3).sum((1, 3)).reshape(shape) if rows.dim() > 3 else rows.sum(1).reshape(shape)
-    own = len(shape) - (copies is not None)
-    return rows.flatten(1, -own - 1).sum(1).reshape(shape)
+        by_channel = rows.flatten(3).sum(3) if rows.dim() > 3 else rows
+        return torch.einsum("cbk,cb->ck", by_channel, weights).reshape(shape)
+    own = shape.numel() // copies
+    return torch.einsum("cbmk,cb->ck", rows.reshape(*rows.shape[:2], -1, own), weights).reshape(shape)
 
 
 def normalized(layer: nn.Module, inputs: Tensor) -> Tensor:

@@ -168,21 +168,18 @@ class FactorRecorder:
         rise = estimate.first_order_rise(list(moves.values()), gradients)
         ratio = estimate.prediction_ratio(self._logits, cast("Tensor", logit_gradients), rise)
         for call, input_gradient, output_gradient in factors:
-            if isinstance(call.layer, LAYERS):
-                if call.first:
-                    move, size = moves[call], torch.full_like(rise, estimate.REACH)
-                else:
-                    move = self.threat_model.ascent_direction(input_gradient)
-                    size = estimate.balanced_size(move, input_gradient, rise)
-                changed = estimate.moved_factor(call.inputs, move, size, ratio)
+            if call.first:
+                changed = estimate.changed_input(call.inputs, moves[call], ratio)
                 yield call.weight, weight_gradient(call, changed, output_gradient)
-            grown = output_gradient * per_example(ratio - 1, output_gradient)
+            elif isinstance(call.layer, LAYERS):
+                changed = estimate.changed_factor(call.inputs, input_gradient, rise, ratio, self.threat_model.norm)
+                yield call.weight, weight_gradient(call, changed, output_gradient)
+            elif call.weight is not None:
+                gain = output_gradient * estimate.normalized(call.layer, call.inputs)
+                yield call.weight, estimate.summed_like(call.weight.shape, call.layer, gain, ratio - 1).to(call.weight.dtype)
             bias = cast("Tensor | None", call.layer.bias)
             if bias is not None:
-                yield bias, estimate.summed_like(bias.shape, call.layer, grown).to(bias.dtype)
-            if isinstance(call.layer, estimate.NORMALISATIONS) and call.weight is not None:
-                gain = grown * estimate.normalized(call.layer, call.inputs)
-                yield call.weight, estimate.summed_like(call.weight.shape, call.layer, gain).to(call.weight.dtype)
+                yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, ratio - 1).to(bias.dtype)
 
     def _worst_case_of_input(self, call: LayerCall, gradient: Tensor) -> Tensor:
         inputs = call.inputs

@@ -1,0 +1,77 @@
+"""What the second gradient stream costs: both streams of a batch over one forward-backward pass, in one run.
+
+    uv run python -m benchmarks.factor_cost [--threads 1] [--rounds 9] [--out results]
+
+The limit is a pass by parameters and input, which every use of the stream needs; a step of FGSM training (one pass by the input,
+one by the parameters) is what the stream stands in for. Bar: at most 1.4 on a CNN and on a residual network.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks._common import interleaved, ratio, write
+from benchmarks.meta_step import show
+from metarobust.meta_optimizers import factor_gradients
+from metarobust.models import cnn, residual_network
+from metarobust.threat_models import ThreatModel
+
+BALL = ThreatModel(norm="linf", epsilon=0.1)
+BATCH = 128
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "CNN 16-32, 28x28": partial(cnn, [16, 32], image_size=28),
+    "CNN 32-64, 28x28": partial(cnn, [32, 64], image_size=28),
+    "residual network 16-32-64, 28x28": partial(residual_network, (16, 32, 64)),
+    "residual network 32-64-128, 28x28": partial(residual_network, (32, 64, 128)),
+}
+
+
+def ways(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
+    parameters, leaf = list(model.parameters()), x.clone().requires_grad_()
+
+    def limit() -> Any:
+        return torch.autograd.grad(F.cross_entropy(model(leaf), y), [leaf, *parameters])
+
+    def fgsm() -> Any:
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
+        moved = torch.add(x, gradient.sign(), alpha=BALL.epsilon).clamp_(0, 1)
+        return torch.autograd.grad(F.cross_entropy(model(moved), y), parameters)
+
+    def streams(source: str) -> Any:
+        return factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
+
+    return {
+        "limit": limit,
+        "scaled": partial(streams, "gradient+perturbed_factors"),
+        "estimate": partial(streams, "gradient+adversarial_estimate"),
+        "fgsm": fgsm,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", default="results", help="folder for factor_cost.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"batch {BATCH}, {arguments.threads} threads, over one pass by parameters and input: median (lowest to highest)")
+    print("| model | scaled factors | adversarial estimate | FGSM training |\n|---|---|---|---|")
+    content: dict[str, Any] = {"threads": arguments.threads, "batch": BATCH}
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        model, x, y = build(), torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+        seconds = interleaved(ways(model, x, y), rounds=arguments.rounds, repeats=3)
+        found = {way: ratio(seconds[way], seconds["limit"]) for way in ("scaled", "estimate", "fgsm")}
+        content[name] = found | {"seconds": seconds}
+        print(f"| {name} | " + " | ".join(show(one) for one in found.values()) + " |", flush=True)
+    write("factor_cost", content, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
