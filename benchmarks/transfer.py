@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,16 @@ from benchmarks._transfer_baselines import CLEAN, Candidate, baselines, hand_set
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, load_npz, split
 from metarobust.evaluation import evaluate
-from metarobust.meta_optimizers import ClassificationTask, train_optimizees
+from metarobust.meta_optimizers import (
+    ClassificationTask,
+    LSTMOptimizer,
+    MetaTrainingSettings,
+    meta_train,
+    save,
+    train_optimizees,
+)
 from metarobust.meta_optimizers import load as load_optimizer
+from metarobust.meta_optimizers._transformation import reading_streams
 from metarobust.models import cnn, mlp, residual_network
 from metarobust.threat_models import ThreatModel
 
@@ -103,17 +111,38 @@ def parts(data: str) -> tuple[LabelledImages, LabelledImages | None, LabelledIma
     return pool, choosing, judging
 
 
-def candidates(target: Target) -> dict[str, list[Candidate]]:
+def learned(name: str) -> list[Candidate]:
+    """A meta-optimizer that came with the package or lies in a file: nothing to choose."""
+    rule = load_optimizer(name)
+    options = {"source": rule.gradient_source} if rule.two_streams else {}
+    passes = 4 / 3 if rule.two_streams else 1.0
+    return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), (1.0,), passes, options=options)]
+
+
+def train_paper_code(path: Path) -> None:
+    """The network, features, losses and schedule of the paper's released code (Serban et al., 2020), on digits, for 15 runs of 480 steps."""
+    pool, attack = digits_pools(0).meta_train, PGD(threat_model=ThreatModel(epsilon=0.1), steps=5)
+
+    def sample(generator: torch.Generator) -> ClassificationTask:
+        subset = LowDataTasks(dataset=pool, examples=500).sample_indices(generator)
+        return ClassificationTask(
+            build=partial(mlp, [64, 20, 10]), dataset=pool, subsets=subset[None], threat_model=None,
+            training_attack=attack, meta_attack=attack, batch_size=128, meta_batch_size=128,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    settings = MetaTrainingSettings.serban2020(iterations=360)
+    rule = meta_train(LSTMOptimizer.serban2020(), sample, **asdict(settings)).meta_optimizer
+    print(f"wrote {save(rule, path)}")
+
+
+def candidates(target: Target, extra: dict[str, str]) -> dict[str, list[Candidate]]:
     """Every method with the settings it may choose from, at least one."""
-    learned = load_optimizer(SHIPPED)
-
-    def shipped(steps: int) -> Any:
-        return learned.as_gradient_transformation(total_steps=steps, stacked=True)
-
     estimated = {"source": ESTIMATE}
     threat_model = ThreatModel(epsilon=target.epsilon)
     return {
-        SHIPPED: [Candidate({}, shipped, (1.0,), 4 / 3, options={"source": learned.gradient_source})],
+        SHIPPED: learned(SHIPPED),
+        **{name: learned(file) for name, file in extra.items()},
         "estimate, by hand": [Candidate({}, hand_set(1.0, 1.0, falling=True), (1.0,), 4 / 3, options=estimated)],
         "scaled factors, by hand": [Candidate({}, hand_set(1.5, 0.15, falling=False), (1.0,), 4 / 3)],
         **baselines(threat_model, small=target.data in ("fashion-mnist", "cifar10-subset")),
@@ -189,10 +218,10 @@ def judged(target: Target, task: ClassificationTask, parameters: tuple[Tensor, .
     return reports
 
 
-def run(name: str, out: Path, seeds: int, only: list[str] | None) -> None:
+def run(name: str, out: Path, seeds: int, only: list[str] | None, extra: dict[str, str]) -> None:
     """Train and judge all methods on one target; append a line per method."""
     target, done = TARGETS[name], {(row["target"], row["method"], row["seeds"]) for row in read(out)}
-    for method, choices in candidates(target).items():
+    for method, choices in candidates(target, extra).items():
         if (name, method, seeds) in done or (only and method not in only):
             continue
         begin = time.perf_counter()
@@ -242,16 +271,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="methods to run; default: all")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--out", default="results", help="folder of transfer.jsonl")
+    parser.add_argument("--extra", nargs="*", default=[], metavar="NAME=FILE", help="further meta-optimizers, as controls")
+    parser.add_argument("--paper-code", metavar="FILE", help="meta-train the paper's own setting to FILE, for --extra, and stop")
     parser.add_argument("--summary", action="store_true", help="print the tables of what is in --out, and run nothing")
     arguments = parser.parse_args()
     out = Path(arguments.out) / "transfer.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.paper_code:
+        torch.set_num_threads(1)
+        return train_paper_code(Path(arguments.paper_code))
     if not arguments.summary:
         torch.set_num_threads(1)
         for name, target in TARGETS.items():
             if any(part in name or part == target.data for part in arguments.targets):
-                run(name, out, arguments.seeds, arguments.only)
+                run(name, out, arguments.seeds, arguments.only, dict(pair.split("=", 1) for pair in arguments.extra))
     print(summary(out))
+    return None
 
 
 if __name__ == "__main__":
