@@ -120,7 +120,7 @@ def learned(name: str) -> list[Candidate]:
 
 
 def train_paper_code(path: Path) -> None:
-    """The network, features, losses and schedule of the paper's released code (Serban et al., 2020), on digits, for 15 runs of 480 steps."""
+    """Network, features, losses and schedule of the code of Serban et al. (2020), on digits, for 15 runs of 480 steps."""
     pool, attack = digits_pools(0).meta_train, PGD(threat_model=ThreatModel(epsilon=0.1), steps=5)
 
     def sample(generator: torch.Generator) -> ClassificationTask:
