@@ -25,6 +25,7 @@ from metarobust.meta_optimizers import (
 from metarobust.models import mlp
 from metarobust.objectives import ARMOR, TRADES, AdversarialTraining
 from metarobust.threat_models import ThreatModel
+from metarobust.types import Streams
 
 TASKS = TaskDistribution(
     architectures={"narrow": partial(mlp, [64, 4, 10]), "wide": partial(mlp, [64, 8, 10])},
@@ -124,6 +125,18 @@ def test_knobs_turn_what_their_names_say() -> None:
         assert told["factor"] == pytest.approx(0.5 - slope * 2 / 3, abs=1e-5)
     assert rule.coefficients(role="bias", fan_in=64, time=0.5)["factor"] == pytest.approx(-0.4, abs=1e-5)
     assert rule.coefficients(role="inner dense", fan_in=64, time=0.5)["l1"] == pytest.approx(1e-6, rel=1e-3)
+    factor = rule.coefficients(role="first dense", fan_in=64, time=0.5)["factor"]
+    rule.turn({"factor, networks with normalisation": -0.5})
+    assert rule.coefficients(role="first dense", fan_in=64, time=0.5)["factor"] == factor
+    moves = {}
+    for normalised in (False, True):  # the same tensors, but for a gain and a shift
+        shapes = [(4, 3), *([(4,), (4,)] if normalised else []), (2, 4)]
+        parameters = tuple(torch.zeros(shape) for shape in shapes)
+        gradients = Streams(parameters, tuple(torch.full_like(p, 1e-3) for p in parameters))
+        transformation = rule.as_gradient_transformation(total_steps=3)
+        _, state = transformation.update(gradients, transformation.init(parameters), params=parameters)  # type: ignore[arg-type]
+        moves[normalised] = state.momentum[0, 0].item()
+    assert moves[True] / moves[False] == pytest.approx(torch.tensor(-0.5).exp().item(), rel=1e-4)
     assert not any("factor" in name for name in InterpretableOptimizer(gradient_source="gradient").knobs())
     with pytest.raises(ValueError, match="by must be one of 'learning rate'"):
         rule.turn({"momentum": 1.0})

@@ -12,7 +12,7 @@ from metarobust._checks import choice, finite, integer
 from metarobust._tensors import tree_detach
 from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES
 from metarobust.meta_optimizers._features import FAST, SECOND, root, time_basis
-from metarobust.meta_optimizers._layout import ROLES, Layout
+from metarobust.meta_optimizers._layout import NORMALISATION, ROLES, Layout
 from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, LARGEST, UpdateRule, checked_streams
 
 TERMS = ("adam", "momentum", "l2", "l1")
@@ -56,7 +56,8 @@ class InterpretableOptimizer(UpdateRule):
     with Adam's bias-corrected running means :math:`\hat m` of u and :math:`\hat v` of its square, and the fan-in n of the tensor:
     Adam, momentum SGD, weight decay, and an L1 penalty that fades out near zero. The coefficients of a term are
     :math:`\exp(a_r + b_r P_1(\tau) + f \log(n / 64))` with relative time :math:`\tau = t/T`, one :math:`a_r, b_r` per tensor
-    role r and one f per term; those of h are :math:`c_r(\tau)`, of degree 2 in :math:`\tau`, and may be negative. That is 92
+    role r and one f per term; those of h are :math:`c_r(\tau)`, of degree 2 in :math:`\tau`, and may be negative, times one
+    factor for all of them in networks with normalisation layers, where the second stream is a worse estimate. That is 93
     numbers; what they come to is returned by `coefficients` and printed by `table`. A fresh optimizer is Adam with
     ``initial_learning_rate`` on the ordinary gradient, up to small terms (`INITIAL`).
 
@@ -95,6 +96,7 @@ class InterpretableOptimizer(UpdateRule):
         self.log_coefficient = nn.Parameter(torch.zeros(len(TERMS), len(ROLES), 2))
         self.fan_in_power = nn.Parameter(torch.zeros(len(TERMS)))
         self.factor_coefficient = nn.Parameter(torch.zeros(len(ROLES), 3)) if self.two_streams else None
+        self.normalised_factor = nn.Parameter(torch.zeros(())) if self.two_streams else None
 
     initial: Tensor
 
@@ -184,23 +186,30 @@ class InterpretableOptimizer(UpdateRule):
         place = ROLES.index(role)
         found = self._terms(basis)[:, place] + self._fan_in(torch.tensor([float(fan_in)]))[:, 0]
         told: dict[str, float] = dict(zip(TERMS, found.exp().tolist(), strict=True))
-        if self.factor_coefficient is not None:
+        if self.factor_coefficient is not None:  # in networks without normalisation
             told["factor"] = (COEFFICIENT_SPEED * (self.factor_coefficient[place] @ basis)).item()
         return told
 
     def table(self, *, fan_in: int = 64) -> str:
-        """The coefficients of every role at the beginning, the middle and the end, as a table in Markdown."""
+        """The coefficients of every role at the beginning, the middle and the end, as a table in Markdown.
+
+        Factors are those of networks without normalisation; a last line tells what they are multiplied by in others.
+        """
         names = [*TERMS, *(["factor"] if self.two_streams else [])]
         lines = ["| role | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
         for role in ROLES:
             found = [self.coefficients(role=role, fan_in=fan_in, time=time) for time in (0.0, 0.5, 1.0)]
             lines.append(f"| {role} | " + " | ".join(", ".join(f"{at[name]:.2g}" for at in found) for name in names) + " |")
+        if self.normalised_factor is not None:
+            factor = (LOG_SPEED * self.normalised_factor).exp().item()
+            lines += ["", f"In networks with normalisation, factors are multiplied by {factor:.2g}."]
         return "\n".join(lines)
 
     def knobs(self) -> dict[str, tuple[float, dict[str, Tensor]]]:
         """Named directions for ``meta_search``: a typical spread, and by parameter the move of a unit along the direction.
 
-        Units: logarithms of learning rate, weight decay and L1 penalty; plain numbers for coefficients of the second stream.
+        Units: logarithms of learning rate, weight decay, L1 penalty and of the factor on all coefficients of the second stream in
+        networks with normalisation; plain numbers for those coefficients themselves.
         The slopes add their value at the end of training and take it away at the beginning.
         """
 
@@ -229,6 +238,9 @@ class InterpretableOptimizer(UpdateRule):
                 for degree, (suffix, spread) in enumerate((("", 0.25), (", slope", 0.3))):
                     move = single(self.factor_coefficient, COEFFICIENT_SPEED, (roles, degree))
                     found[f"factor, {name}{suffix}"] = (spread, {"factor_coefficient": move})
+            assert self.normalised_factor is not None
+            single_number = torch.full_like(self.normalised_factor, 1 / LOG_SPEED)
+            found["factor, networks with normalisation"] = (0.3, {"normalised_factor": single_number})
         return found
 
     @torch.no_grad()
@@ -262,4 +274,7 @@ class InterpretableOptimizer(UpdateRule):
         terms = (self._terms(basis)[:, roles] + self._fan_in(fan_in)).exp()
         if self.factor_coefficient is None:
             return terms, None
-        return terms, COEFFICIENT_SPEED * (self.factor_coefficient @ basis)[roles]
+        factors = COEFFICIENT_SPEED * (self.factor_coefficient @ basis)[roles]
+        if self.normalised_factor is not None and any(role.role == NORMALISATION for role in layout.roles):
+            factors = factors * (LOG_SPEED * self.normalised_factor).exp()
+        return terms, factors
