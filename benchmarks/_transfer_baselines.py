@@ -18,6 +18,8 @@ from metarobust.types import Batch, Streams
 CLEAN = ("Adam", "AdamW", "SGD momentum", "SGD momentum, first-layer L1", "SAM (Adam)")
 """Methods that see clean examples alone, one pass per step (SAM: two)."""
 
+AT_EQUAL_PASSES = ("FGSM training, equal passes", "free training, equal passes")
+
 
 class Candidate(NamedTuple):
     """One setting of a method: the rule for T steps, how the task is changed for it, steps (a share of T), passes per step."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._transfer_baselines import CLEAN, Candidate, baselines, hand_set
+from benchmarks._transfer_baselines import AT_EQUAL_PASSES, CLEAN, Candidate, baselines, hand_set
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, load_npz, split
 from metarobust.evaluation import evaluate
@@ -243,6 +243,24 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
+def bars(out: Path) -> str:
+    """One line per target that is complete: what the shipped optimizer reaches, between what and what, and its bar."""
+    shown = (SHIPPED, "estimate, by hand", "scaled factors, by hand", *AT_EQUAL_PASSES, "PGD-5 training")
+    lines = ["| target | best clean baseline | " + " | ".join(shown) + " | share (bar) |", "|---" * (3 + len(shown)) + "|"]
+    for name, target in TARGETS.items():
+        here = {row["method"]: row["reports"] for row in read(out) if row["target"] == name}
+        if not {*CLEAN, *shown} <= here.keys():
+            continue
+        means = {m: (statistics.mean(r["clean"] for r in v), statistics.mean(r["robust"] for r in v)) for m, v in here.items()}
+        best = max(CLEAN, key=lambda method: means[method][1])
+        low, top = means[best][1], means["PGD-5 training"][1]
+        share = (means[SHIPPED][1] - low) / (top - low)
+        cells = [f"{means[method][0]:.3f} / {means[method][1]:.3f}" for method in (best, *shown)]
+        bar = "open" if target.bar is None else f"{target.bar:g}"
+        lines.append(f"| {name} | {best} {' | '.join(cells)} | {share:.2f} ({bar}) |")
+    return "\n".join(lines)
+
+
 def summary(out: Path) -> str:
     """One table per target: each method, and its share of the way from the best clean baseline to PGD training."""
     rows, lines = read(out), []
@@ -286,6 +304,7 @@ def main() -> None:
             if any(part in name or part == target.data for part in arguments.targets):
                 run(name, out, arguments.seeds, arguments.only, dict(pair.split("=", 1) for pair in arguments.extra))
     print(summary(out))
+    print(f"\nclean / robust accuracy, means over seeds\n\n{bars(out)}")
     return None
 
 

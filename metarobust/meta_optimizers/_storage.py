@@ -62,7 +62,7 @@ def load(path: str | os.PathLike[str]) -> MetaOptimizer:
         meta_optimizer = kind(**header["settings"])
         meta_optimizer.load_state_dict(tensors)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise ValueError(
             f"{path} must fit metarobust {__version__}, got a file of version {header.get('metarobust')!r} that does not "
             f"({reason}); load it with that version"
