@@ -154,7 +154,9 @@ def test_the_search_leaves_a_rule_that_loads(shell: Shell) -> None:
     assert record["settings"]["population"] == 3
     assert [found["mean"] for found in record["history"]] == rule.record["scores"]
     start = starting_rule(MetaTrain(data="digits"))
-    assert any(not torch.equal(p, q) for p, q in zip(rule.parameters(), start.parameters(), strict=True))
+    assert isinstance(start, InterpretableOptimizer)
+    start.turn(rule.record["knobs"])
+    assert all(torch.equal(p, q) for p, q in zip(rule.parameters(), start.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -535,7 +535,8 @@ def test_meta_training_learns_to_attack_and_resumes_bit_for_bit(tmp_path: Path) 
     before, path = reached(fresh_optimizer()), tmp_path / "run.safetensors"
     trained = meta_train(fresh_optimizer(), sample_task, iterations=20, **arguments, report=lambda i, loss: None)
     assert reached(trained.meta_optimizer) > before + 0.1
-    assert trained.meta_optimizer.record["threat_model"] == repr(threat_model)
+    ball = {"norm": threat_model.norm, "epsilon": [threat_model.epsilon] * 2, "box": [threat_model.lower, threat_model.upper]}
+    assert trained.meta_optimizer.record["threat_models"] == ball
 
     class Killed(Exception):
         pass

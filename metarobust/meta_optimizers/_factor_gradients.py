@@ -223,11 +223,20 @@ def record_factors(
         model: any ``nn.Module`` whose weights sit in Linear or Conv layers (others are passed through).
         threat_model: norm, epsilon and box of the first layer's perturbation, norm of the others'. A learned optimizer needs
             the one it was trained with. Default: l_inf, 8/255.
+        source: the second stream. ``"gradient+perturbed_factors"``: the weight gradient with its input factor replaced by that
+            factor's scaled worst move. ``"gradient+adversarial_estimate"``: the estimated change of the gradient at the
+            adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and normalisations have
+            one too (docs/transfer.md).
+
+    Under ``DistributedDataParallel`` (pass the wrapped model) both streams are averaged over the processes; a model from
+    ``torch.compile`` runs eagerly while it is watched. ``nn.MultiheadAttention`` calls no layer for its projections, whose second
+    stream stays zero; attention made of Linear layers is seen.
 
     Raises:
         ValueError: on ``backward``, the first layer reads values outside the box (put ``Normalize`` first in the model).
 
     Example:
+        >>> import torch.nn.functional as F
         >>> from metarobust.models import mlp
         >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
         >>> with record_factors(model, threat_model=ThreatModel(epsilon=0.1)) as recorder:
@@ -290,9 +299,10 @@ def factor_gradients(
     Returns:
         ``FactorGradients(loss, gradients, perturbed_factor_gradients)``, entries in the order of the parameters. The second
         stream carries no coefficient: use it as ``g + c * h``, with ``c`` around 1.5 for the first layer (whose h is in input
-        units times epsilon) and around 0.15 for the others.
+        units times epsilon) and around 0.15 for the others; with the adversarial estimate, around 1 for all.
 
     Example:
+        >>> import torch.nn.functional as F
         >>> from metarobust.models import mlp
         >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
         >>> loss, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y))
