@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarobust._tensors import per_example
-from metarobust.meta_optimizers import FactorGradients, factor_gradients
+from metarobust.meta_optimizers import FactorGradients, factor_gradients, record_factors
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.models import Normalize, cnn, mlp, residual_network, stack
 from metarobust.threat_models import ThreatModel
@@ -257,3 +257,25 @@ def test_errors_say_what_to_write() -> None:
         streams(folded, x, y)
     with pytest.raises(ValueError, match="source must be one of"):
         factor_gradients(folded, lambda: folded(x).mean(), source="adversarial")
+
+
+def test_one_call_per_block_and_frozen_layers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = mlp([64, 5, 10]).double()
+    x, y = batch()
+    whole = streams(model, x, y).perturbed_factor_gradients
+    with pytest.raises(ValueError, match="called once inside the recording block"):
+        factor_gradients(model, lambda: F.cross_entropy(model(x) + model(x), y), threat_model=BALL, source=SOURCE)
+    with record_factors(model, threat_model=BALL, source=SOURCE) as recorder:
+        loss = F.cross_entropy(model(x), y)
+        with torch.no_grad():
+            model(x[:2])  # no part of the loss
+        found = recorder.gradients(loss).perturbed_factor_gradients
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b)
+    asked: list[Tensor] = []
+    monkeypatch.setattr(estimate, "changed_factor", lambda inputs, *_: asked.append(inputs) or inputs)
+    head = list(model.parameters())[2:]
+    only = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=SOURCE, parameters=head[1:])
+    assert not asked, "no work for a weight that nobody asked for"
+    torch.testing.assert_close(only.perturbed_factor_gradients[0], whole[3])

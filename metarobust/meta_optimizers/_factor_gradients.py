@@ -90,6 +90,10 @@ class FactorRecorder:
         )
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not output.requires_grad:
+            return  # a look at the predictions, not what the loss is made of
+        remedy = "open a block for each call; their streams add up"
+        require(self._logits is None, "model", "called once inside the recording block", "a second call", remedy)
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         good = isinstance(output, Tensor) and output.dim() == 2
         require(good, "model", f"one that returns logits [batch, classes] for source {self.source!r}", shape)
@@ -124,9 +128,13 @@ class FactorRecorder:
         begin = len(targets) + len(logits)
         pairs = zip(self._calls, found[begin::2], found[begin + 1 :: 2], strict=True)
         factors = [Factors(call, a, d) for call, a, d in pairs if a is not None and d is not None]
+        wanted = {id(p) for p in targets}
         perturbed: dict[int, Tensor] = {}
         with torch.set_grad_enabled(create_graph), torch.autocast(loss.device.type, enabled=False):
-            terms = self._scaled_terms(factors) if self._logits is None else self._estimated_terms(factors, found[begin - 1])
+            if self._logits is None:
+                terms = self._scaled_terms(factors, wanted)
+            else:
+                terms = self._estimated_terms(factors, found[begin - 1], wanted)
             for p, h in terms:
                 before = perturbed.get(id(p))
                 perturbed[id(p)] = h if before is None else before + h  # a shared weight sums its calls
@@ -147,9 +155,11 @@ class FactorRecorder:
             cast("Any", p).perturbed_factor_grad = h
             cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model, self.source)
 
-    def _scaled_terms(self, factors: list[Factors]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every weight with its gradient under the scaled worst move of its inputs."""
+    def _scaled_terms(self, factors: list[Factors], wanted: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every wanted weight with its gradient under the scaled worst move of its inputs."""
         for call, input_gradient, output_gradient in factors:
+            if id(call.weight) not in wanted:
+                continue
             if call.first:
                 yield call.weight, weight_gradient(call, self._worst_case_of_input(call, input_gradient), output_gradient)
                 continue
@@ -159,8 +169,10 @@ class FactorRecorder:
             h = weight_gradient(call, direction, output_gradient)
             yield call.weight, h * (per_example(scale, h) if len(scale) > 1 else scale)
 
-    def _estimated_terms(self, factors: list[Factors], logit_gradients: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter of a recorded layer with the estimated change of its gradient."""
+    def _estimated_terms(
+        self, factors: list[Factors], logit_gradients: Tensor | None, wanted: set[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every wanted parameter of a recorded layer with the estimated change of its gradient."""
         assert self._logits is not None
         require(logit_gradients is not None, "loss", "computed from the model's output", "one that does not depend on it")
         moves = {f.call: self._worst_case_of_input(f.call, f.input_gradient) for f in factors if f.call.first}
@@ -168,18 +180,20 @@ class FactorRecorder:
         rise = estimate.first_order_rise(list(moves.values()), gradients)
         ratio = estimate.prediction_ratio(self._logits, cast("Tensor", logit_gradients), rise)
         for call, input_gradient, output_gradient in factors:
+            bias = cast("Tensor | None", call.layer.bias)
+            if bias is not None and id(bias) in wanted:
+                yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, ratio - 1).to(bias.dtype)
+            if id(call.weight) not in wanted:  # frozen, or a normalisation without a gain
+                continue
             if call.first:
                 changed = estimate.changed_input(call.inputs, moves[call], ratio)
                 yield call.weight, weight_gradient(call, changed, output_gradient)
             elif isinstance(call.layer, LAYERS):
                 changed = estimate.changed_factor(call.inputs, input_gradient, rise, ratio, self.threat_model.norm)
                 yield call.weight, weight_gradient(call, changed, output_gradient)
-            elif call.weight is not None:
+            else:
                 gain = output_gradient * estimate.normalized(call.layer, call.inputs)
                 yield call.weight, estimate.summed_like(call.weight.shape, call.layer, gain, ratio - 1).to(call.weight.dtype)
-            bias = cast("Tensor | None", call.layer.bias)
-            if bias is not None:
-                yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, ratio - 1).to(bias.dtype)
 
     def _worst_case_of_input(self, call: LayerCall, gradient: Tensor) -> Tensor:
         inputs = call.inputs
