@@ -16,9 +16,9 @@ both. Passes of a step: a forward pass, a backward pass in the inputs, and one i
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -123,14 +123,19 @@ def estimated(direction: str, size: float = 1.5, inner: float = 0.15, *, gains: 
     return fill_gradients
 
 
-def library(*, ratio: bool) -> Rule:
-    """g + h of the library's estimate; without the ratio, the prediction is taken to stay as it is."""
+def library(*, ratio: bool = True, shortened: bool = True) -> Rule:
+    """g + h of the library's estimate; without the ratio, the prediction stays as it is; or every move is made to its end."""
 
     def fill_gradients(model: nn.Module, x: Tensor, y: Tensor, draw: torch.Generator) -> None:
-        source = "gradient+adversarial_estimate"
-        unchanged = nullcontext() if ratio else patch.object(estimate, "prediction_ratio", lambda *args: torch.ones(len(x)))
-        with unchanged, record_factors(model, threat_model=BALL, source=source) as recorder:
-            _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
+        def altered(*inputs: Tensor) -> estimate.Change:
+            change = whole(*inputs)
+            return change if ratio else change._replace(ratio=torch.ones_like(change.ratio))
+
+        source, whole = "gradient+adversarial_estimate", estimate.predicted_change
+        lost = estimate.LOST if shortened else math.inf
+        with patch.multiple(estimate, predicted_change=altered, LOST=lost):
+            with record_factors(model, threat_model=BALL, source=source) as recorder:
+                _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
         for p, clean, change in zip(model.parameters(), g, h, strict=True):
             p.grad = clean + change
 
@@ -157,7 +162,8 @@ RULES: dict[str, tuple[float, Rule]] = {
     "balanced, relative": (1.0, estimated("relative")),
     "balanced, relative, normalisations too": (1.0, estimated("relative", gains=True)),
     "estimate, the prediction unchanged": (4 / 3, library(ratio=False)),
-    "estimate": (4 / 3, library(ratio=True)),
+    "estimate, moves not shortened": (4 / 3, library(shortened=False)),
+    "estimate": (4 / 3, library()),
     "FGSM training, random start": (5 / 3, adversarial(1, step_size=1.25 * BALL.epsilon)),
     "PGD-5 training": (13 / 3, adversarial(5)),
 }

@@ -3,8 +3,8 @@
     uv run python examples/robust_small_v1.py [--quick] [--variant robust] [--seed 0]
     uv run torchrun --nproc-per-node 2 examples/robust_small_v1.py     # the settings of a generation shared by two processes
 
-Thirteen numbers of an `InterpretableOptimizer` are searched: learning rate and its slope, weight decay, L1 on the first layer,
-and the coefficients of the estimated adversarial gradient in first, inner and last layers and in biases and normalisations,
+Fourteen numbers of an `InterpretableOptimizer` are searched: learning rate, its slope and its power of the fan-in, weight decay,
+L1 on the first layer, and the coefficients of the estimated adversarial gradient in first, inner and last layers and in biases and normalisations,
 with their slopes, and a factor on these in networks with normalisation. A generation trains six networks with sixteen settings
 each. Two controls learn the same way: "clean" is judged on clean examples, "one-stream" reads the gradient alone.
 """
@@ -41,9 +41,10 @@ def margin_attack(threat_model: ThreatModel, *, steps: int = 10) -> PGD:
 def starting_point(source: str) -> InterpretableOptimizer:
     """Adam with a falling learning rate on g + h, by hand."""
     rule = InterpretableOptimizer(gradient_source=source)
-    rule.turn({"learning rate, slope": -0.5, "weight decay": math.log(10), "l1, first": math.log(20)})
+    rule.turn({"learning rate, slope": -1.0, "weight decay": math.log(10), "l1, first": math.log(10)})
     if rule.two_streams:
-        rule.shift_factor_coefficients(first=1.25, others=1.25)
+        rule.shift_factor_coefficients(first=1.4, others=1.4)
+        rule.turn({"factor, networks with normalisation": math.log(0.7)})
     return rule
 
 

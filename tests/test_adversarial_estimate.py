@@ -55,8 +55,12 @@ def test_perceptron_written_out(norm: str) -> None:
     torch.manual_seed(0)
     model = mlp([64, 5, 10]).double()
     x, y = batch()
-    _, _, h = streams(model, x, y, ThreatModel(norm=norm, epsilon=0.1))
     w1, b1, w2, b2 = model.parameters()
+    with torch.no_grad():
+        w2 *= 8.0
+    y = torch.where(torch.arange(len(y)) < 5, model(x).argmax(1), y)
+    ball = ThreatModel(norm=norm, epsilon=0.1 if norm == "linf" else 0.5)
+    _, _, h = streams(model, x, y, ball)
     a1 = x.flatten(1).requires_grad_()
     z1 = a1 @ w1.T + b1
     a2 = z1.relu()
@@ -64,16 +68,20 @@ def test_perceptron_written_out(norm: str) -> None:
     d1, d2, da1, da2 = torch.autograd.grad(F.cross_entropy(z2, y), (z1, z2, a1, a2))
     with torch.no_grad():
         step = da1.sign() if norm == "linf" else da1 / da1.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        e1 = (a1 + 0.1 * step).clamp(0, 1) - a1
+        e1 = (a1 + ball.epsilon * step).clamp(0, 1) - a1
         rise = (e1 * da1).sum(1)
         along = da2.sign() if norm == "linf" else da2
         e2 = rise[:, None] * along / (along * da2).sum(1, keepdim=True).clamp(min=1e-30)
         torch.testing.assert_close((e2 * da2).sum(1), rise)  # what a balanced move is
         p = z2.softmax(1).gather(1, y[:, None]).squeeze(1)
-        drop = rise * len(x) / (1 - p)
+        whole = rise * len(x) / (1 - p)
+        lead = z2.gather(1, y[:, None]).squeeze(1) - z2.scatter(1, y[:, None], -torch.inf).amax(1)
+        drop = torch.minimum(whole, (lead + estimate.LOST).clamp(min=0))
+        assert 0 < (drop < whole).sum() < len(x), "some examples are moved all the way, some until they are lost"
+        reach = (drop / whole.clamp(min=1e-30))[:, None]
         moved = torch.sigmoid(p.logit() - drop)
         r = ((1 - moved) / (1 - p))[:, None]
-        for found, d, a, e, reach in ((h[0], d1, a1, e1, estimate.REACH), (h[2], d2, a2, e2, 1.0)):
+        for found, d, a, e in ((h[0], d1, a1, estimate.REACH * e1), (h[2], d2, a2, e2)):
             torch.testing.assert_close(found, d.T @ (r * (a + reach * e) - a), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(h[1], ((r - 1) * d1).sum(0), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(h[3], ((r - 1) * d2).sum(0), rtol=1e-5, atol=1e-7)
@@ -121,21 +129,21 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_without_moves_it_is_the_gradient_of_the_reweighted_loss(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """With the moves left out, h is exactly the gradient of sum_i (r_i - 1) L_i, for every parameter of every layer kind."""
-    monkeypatch.setattr(estimate, "changed_input", lambda inputs, move, ratio: inputs * per_example(ratio - 1, inputs))
-    monkeypatch.setattr(estimate, "changed_factor", lambda inputs, *_: inputs * per_example(seen[0] - 1, inputs))
+    monkeypatch.setattr(estimate, "changed_input", lambda inputs, move, change: inputs * per_example(change.ratio - 1, inputs))
+    monkeypatch.setattr(estimate, "changed_factor", lambda inputs, *_: inputs * per_example(seen[0].ratio - 1, inputs))
     torch.manual_seed(0)
     model = MODELS[name]().double()
     x, y = batch()
-    seen: list[Tensor] = []
-    original = estimate.prediction_ratio
+    seen: list[estimate.Change] = []
+    original = estimate.predicted_change
 
-    def watch(*args: Tensor) -> Tensor:
+    def watch(*args: Tensor) -> estimate.Change:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(estimate, "prediction_ratio", watch)
+    monkeypatch.setattr(estimate, "predicted_change", watch)
     _, _, h = streams(model, x, y, ThreatModel(epsilon=0.5))
-    (ratio,) = seen
+    (ratio,) = (change.ratio for change in seen)
     assert ratio.max() > 1.02
     loss = ((ratio.detach() - 1) * F.cross_entropy(model(x), y, reduction="none")).mean()
     for found, expected in zip(h, torch.autograd.grad(loss, list(model.parameters())), strict=True):

@@ -24,7 +24,7 @@ from metarobust.meta_optimizers import (
     meta_train,
 )
 from metarobust.meta_optimizers._calibration import smallest_within_noise
-from metarobust.meta_optimizers._estimators import Slot, persistent_evolution, unroll
+from metarobust.meta_optimizers._estimators import Slot, backpropagated, persistent_evolution, unroll
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._meta_training import MetaTrainingRun, MetaTrainingSettings
 from metarobust.models import cnn, mlp, stack
@@ -168,6 +168,53 @@ def test_truncation_equals_full_when_the_windows_match() -> None:
         a, b = (torch.autograd.grad(value, p, retain_graph=True, allow_unused=True)[0] for value in (second, total))
         if a is not None or b is not None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for a backward pass, now and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> "KeptTensor":
+        return KeptTensor(tensor, self)
+
+
+class KeptTensor:
+    def __init__(self, tensor: Tensor, books: SavedBytes) -> None:
+        self.tensor, self.books = tensor, books
+        books.now += tensor.nbytes
+        books.most = max(books.most, books.now)
+
+    def __del__(self) -> None:
+        self.books.now -= self.tensor.nbytes
+
+
+@pytest.mark.parametrize("estimator", ["second_order", "first_order"])
+@pytest.mark.parametrize("every", [1, 3, 20])
+def test_recomputed_steps_give_the_same_gradient_for_less_memory(estimator: str, every: int) -> None:
+    """Loss, gradient, randomness and end of an unroll of 7 steps, in parts of one step, of three, and as one."""
+    found = []
+    for recompute_every in (None, every):
+        optimizer, books = smooth_optimizer(), SavedBytes()
+        changed = settings(unroll=7, total_steps=20, meta_loss_every=2, estimator=estimator, recompute_every=recompute_every)
+        run = MetaTrainingRun(optimizer, lambda generator: SmoothTask(), changed)
+        slot, parameters = run.slots[0], list(optimizer.parameters())
+        for _ in range(2):  # the second unroll starts from a state that is not zero
+            with torch.autograd.graph.saved_tensors_hooks(books.pack, lambda kept: kept.tensor):
+                loss, gradients = backpropagated(slot, run.rule_for(20), changed, parameters)
+        found.append((loss, gradients, slot, books.most))
+    (loss, gradients, slot, most), (again, regained, other, less) = found
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert any(g.abs().max() > 1e-6 for g in gradients)
+    for a, b in zip(gradients, regained, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+    for a, b in zip(slot.parameters, other.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert torch.equal(slot.generator.get_state(), other.generator.get_state())
+    assert slot.age == other.age == 14
+    if every < 7:
+        assert less < (0.3 if every == 1 else 0.6) * most
 
 
 def live_tensors() -> int:
@@ -403,6 +450,8 @@ def test_loss_cap_gives_no_gradient_and_nan_raises() -> None:
         ({"noise": 0.0}, "noise must be a finite number > 0"),
         ({"shortest_steps": 13}, "shortest_steps must be at most total_steps, got 13"),
         ({"tasks_per_step": 3}, r"tasks_per_step must be at most slots \(=2\), got 3"),
+        ({"recompute_every": 0}, "recompute_every must be an integer >= 1"),
+        ({"recompute_every": 2, "estimator": "pes"}, "recompute_every must be None with estimator='pes'"),
         ({"curriculum": 1.5}, "curriculum must be a share of the iterations"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number > 0"),
         ({"late_weight": -1.0}, "late_weight must be a finite number >= 0"),

@@ -14,8 +14,13 @@ missing probability q, the size of the gradient at the logits, grows by
 .. math:: r_i = q_i' / q_i = \sigma(\delta_i - m_i) / \sigma(-m_i),
           \qquad m_i = z_{i,y} - \log \textstyle\sum_{k \ne y} e^{z_{i,k}} .
 
-This is exact for two classes and cross-entropy. What stays out: changed activation patterns and normalisations below the logits.
+This is exact for two classes and cross-entropy. Once an example is lost, moving it further teaches little and costs clean
+accuracy (the observation behind friendly adversarial training, Zhang et al., 2020): the move is shortened, by one factor in all
+layers, so that the best wrong class comes to lead the label by no more than `LOST`. What stays out: changed activation patterns and normalisations below
+the logits.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +32,10 @@ from metarobust.models._stacked import StackedAffine, StackedConv2d
 
 REACH = 1.25
 """Factor on the first layer's move, as on the step of FGSM training (Wong et al., 2020); docs/transfer.md has the trials."""
+LOST = 1.0
+"""A move ends where the best wrong class leads the label by this much, in logits."""
 LARGEST_DROP = 9.0
-"""Margins are taken to fall by at most this: beyond it an example's prediction is lost anyway."""
+"""Margins are taken to fall by at most this, which keeps r finite in half precision."""
 NORMALISATIONS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm, StackedAffine)
 
 CHANNELS_FIRST = (
@@ -51,8 +58,20 @@ def first_order_rise(moves: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return torch.stack(rises).sum(0)
 
 
-def prediction_ratio(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> Tensor:
-    """r of each example: how much larger its gradient at the logits is after the move, ``[batch]``.
+class Change(NamedTuple):
+    """What becomes of each example, both ``[batch]``.
+
+    Attributes:
+        ratio: r, how much larger the gradient at the logits is after the move.
+        reach: the share of the move that is made, in [0, 1].
+    """
+
+    ratio: Tensor
+    reach: Tensor
+
+
+def predicted_change(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> Change:
+    """How far each example is moved, and what that does to its prediction.
 
     The label is the class with the most negative gradient, which makes a weighting of the examples cancel.
     """
@@ -67,16 +86,20 @@ def prediction_ratio(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> T
     lowest, label = logit_gradients.min(1, keepdim=True)
     others = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter_(1, label, True), -torch.inf)
     margin = logits.gather(1, label).squeeze(1) - others.logsumexp(1)
-    drop = (rise / -lowest.squeeze(1).clamp(max=-_TINY)).clamp(0, LARGEST_DROP)
-    return (F.logsigmoid(drop - margin) - F.logsigmoid(-margin)).exp()
+    lead = logits.gather(1, label).squeeze(1) - others.amax(1)
+    whole = rise / -lowest.squeeze(1).clamp(max=-_TINY)
+    drop = torch.minimum(whole, (lead + LOST).clamp(0, LARGEST_DROP)).clamp(min=0)
+    ratio = (F.logsigmoid(drop - margin) - F.logsigmoid(-margin)).exp()
+    return Change(ratio, drop / whole.clamp(min=_TINY))
 
 
-def changed_input(inputs: Tensor, move: Tensor, ratio: Tensor) -> Tensor:
+def changed_input(inputs: Tensor, move: Tensor, change: Change) -> Tensor:
     """``r (a + e) - a`` of a first layer: the factor whose product with d is the second stream."""
-    return _plus_kept((REACH * ratio).to(inputs.dtype), move.to(inputs.dtype), inputs, ratio, signs=False)
+    size = (REACH * change.ratio * change.reach).to(inputs.dtype)
+    return _plus_kept(size, move.to(inputs.dtype), inputs, change.ratio, signs=False)
 
 
-def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, ratio: Tensor, norm: str) -> Tensor:
+def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, change: Change, norm: str) -> Tensor:
     """The same of a later layer, for its balanced move."""
     require(
         len(gradient) == len(rise),
@@ -87,7 +110,8 @@ def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, ratio: Tensor
     )
     rows = exact(gradient).flatten(1)
     slope = torch.linalg.vector_norm(rows, ord=1, dim=1) if norm == "linf" else rows.square().sum(1)
-    return _plus_kept((ratio * rise / slope.clamp(min=_TINY)).to(inputs.dtype), gradient, inputs, ratio, signs=norm == "linf")
+    size = change.ratio * change.reach * rise / slope.clamp(min=_TINY)
+    return _plus_kept(size.to(inputs.dtype), gradient, inputs, change.ratio, signs=norm == "linf")
 
 
 def _plus_kept(size: Tensor, along: Tensor, inputs: Tensor, ratio: Tensor, *, signs: bool) -> Tensor:

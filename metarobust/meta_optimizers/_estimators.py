@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torchopt import apply_updates
+from torchopt import apply_updates, pytree
 from torchopt.base import GradientTransformation
 
 from metarobust._tensors import tree_detach
@@ -38,21 +38,43 @@ class Slot:
 
 
 class Window(NamedTuple):
-    """What one unroll gives: the weighted mean of its meta-losses, and where the optimizees are after it."""
+    """What some steps give: the weighted sum of their meta-losses, the sum of the weights, and where the optimizees are after."""
 
-    loss: Tensor
+    total: Tensor
+    weights: float
     parameters: tuple[Tensor, ...]
     state: Any
 
+    @property
+    def loss(self) -> Tensor:
+        """The weighted mean."""
+        return self.total / self.weights
 
-def unroll(slot: Slot, rule: GradientTransformation, settings: Any, start: tuple[tuple[Tensor, ...], Any]) -> Window:
-    """Advance a task by one unroll from ``start``; the graph is kept unless the estimator is ``"pes"``. The age stays."""
+
+Start = tuple[tuple[Tensor, ...], Any]
+"""Parameters and state that steps begin with."""
+
+
+def unroll(
+    slot: Slot,
+    rule: GradientTransformation,
+    settings: Any,
+    start: Start,
+    *,
+    steps: tuple[int, int] | None = None,
+    graph: bool = True,
+) -> Window:
+    """Advance a task by one unroll from ``start``, or by the steps of it that are asked for (from, to). The age stays.
+
+    The graph is kept unless ``graph`` is off.
+    """
     parameters, state = start
-    exact, graph = settings.estimator == "second_order", settings.estimator != "pes"
+    begin, end = steps or (0, settings.unroll)
+    exact = graph and settings.estimator == "second_order"
     total, weights = torch.zeros(()), 0.0
     if exact:  # the first gradient of an unroll needs a graph to keep
         parameters = tuple(p.requires_grad_() for p in parameters)
-    for position in range(1, settings.unroll + 1):
+    for position in range(begin + 1, end + 1):
         _, streams = slot.task.streams(parameters, generator=slot.generator, create_graph=exact)
         with torch.set_grad_enabled(graph):
             seen = parameters if exact else tree_detach(parameters)
@@ -65,19 +87,62 @@ def unroll(slot: Slot, rule: GradientTransformation, settings: Any, start: tuple
                 losses = slot.task.meta_loss(parameters, generator=slot.generator)
                 total = total + weight * losses.clamp(max=settings.loss_cap).mean()
                 weights += weight
-    return Window(total / weights, parameters, state)
+    return Window(total, weights, parameters, state)
 
 
 def backpropagated(
     slot: Slot, rule: GradientTransformation, settings: Any, meta_parameters: Sequence[Tensor]
 ) -> tuple[float, list[Tensor]]:
     """Meta-loss and meta-gradient of one unroll by back-propagation; advances the slot and cuts its graph."""
-    window = unroll(slot, rule, settings, (slot.parameters, slot.state))
-    gradients = torch.autograd.grad(window.loss, meta_parameters, allow_unused=True)
-    slot.parameters, slot.state = tree_detach(window.parameters), tree_detach(window.state)
+    if settings.recompute_every is not None:
+        loss, gradients, end = _recomputed(slot, rule, settings, meta_parameters)
+    else:
+        window = unroll(slot, rule, settings, (slot.parameters, slot.state))
+        gradients = torch.autograd.grad(window.loss, meta_parameters, allow_unused=True)
+        loss, end = window.loss.item(), (window.parameters, window.state)
+    slot.parameters, slot.state = tree_detach(end)
     slot.age += settings.unroll
     found = [torch.zeros_like(p) if g is None else g for p, g in zip(meta_parameters, gradients, strict=True)]
-    return window.loss.item(), found
+    return loss, found
+
+
+def _recomputed(
+    slot: Slot, rule: GradientTransformation, settings: Any, meta_parameters: Sequence[Tensor]
+) -> tuple[float, list[Tensor], Start]:
+    """The same meta-gradient with the graph of ``recompute_every`` steps in memory at a time.
+
+    All steps are taken once without a graph, keeping what each part begins with; then the parts are taken again, the last first,
+    each with its graph, and the loss's derivatives by what a part ends with are carried into it.
+    """
+    kept, now, total, weights = [], (slot.parameters, slot.state), 0.0, 0.0
+    for begin in range(0, settings.unroll, settings.recompute_every):
+        steps = (begin, min(begin + settings.recompute_every, settings.unroll))
+        kept.append((steps, slot.generator.get_state(), now))
+        window = unroll(slot, rule, settings, now, steps=steps, graph=False)
+        now = tree_detach((window.parameters, window.state))
+        total, weights = total + window.total.item(), weights + window.weights
+    end = (slot.generator.get_state(), now)
+    gradients = [torch.zeros_like(p) for p in meta_parameters]
+    later: list[Tensor | None] = []
+    for steps, randomness, (parameters, state) in reversed(kept):
+        slot.generator.set_state(randomness)
+        leaves, form = pytree.tree_flatten(tree_detach((parameters, state)))
+        leaves = [leaf.requires_grad_() if _differentiable(leaf) else leaf for leaf in leaves]
+        window = unroll(slot, rule, settings, cast("Start", pytree.tree_unflatten(form, leaves)), steps=steps)
+        ends = [leaf for leaf in pytree.tree_leaves(cast("Any", (window.parameters, window.state))) if _differentiable(leaf)]
+        sources = [*meta_parameters, *(leaf for leaf in leaves if _differentiable(leaf))]
+        # What neither the losses nor later steps depend on has no derivative to carry.
+        pairs = [(end, d) for end, d in zip(ends, later or [None] * len(ends), strict=True) if d is not None and end.requires_grad]
+        objective = window.total / weights + sum(((e * d).sum() for e, d in pairs), torch.zeros(()))
+        found = torch.autograd.grad(objective, cast("Any", sources), allow_unused=True)
+        own, later = found[: len(gradients)], list(found[len(gradients) :])
+        gradients = [a if b is None else a + b for a, b in zip(gradients, own, strict=True)]
+    slot.generator.set_state(end[0])
+    return total / weights, gradients, end[1]
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def persistent_evolution(
@@ -103,7 +168,7 @@ def persistent_evolution(
     for sign, start in ((1.0, (slot.parameters, slot.state)), (-1.0, mirror)):
         slot.generator.set_state(randomness)
         with moved(meta_parameters, fresh, sign):
-            windows.append(unroll(slot, rule, settings, start))
+            windows.append(unroll(slot, rule, settings, start, graph=False))
     slot.parameters, slot.state = windows[0].parameters, windows[0].state
     slot.mirror = (windows[1].parameters, windows[1].state)
     slot.age += settings.unroll

@@ -178,22 +178,23 @@ class FactorRecorder:
         moves = {f.call: self._worst_case_of_input(f.call, f.input_gradient) for f in factors if f.call.first}
         gradients = [f.input_gradient for f in factors if f.call.first]
         rise = estimate.first_order_rise(list(moves.values()), gradients)
-        ratio = estimate.prediction_ratio(self._logits, cast("Tensor", logit_gradients), rise)
+        change = estimate.predicted_change(self._logits, cast("Tensor", logit_gradients), rise)
         for call, input_gradient, output_gradient in factors:
             bias = cast("Tensor | None", call.layer.bias)
             if bias is not None and id(bias) in wanted:
-                yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, ratio - 1).to(bias.dtype)
+                yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, change.ratio - 1).to(bias.dtype)
             if id(call.weight) not in wanted:  # frozen, or a normalisation without a gain
                 continue
             if call.first:
-                changed = estimate.changed_input(call.inputs, moves[call], ratio)
+                changed = estimate.changed_input(call.inputs, moves[call], change)
                 yield call.weight, weight_gradient(call, changed, output_gradient)
             elif isinstance(call.layer, LAYERS):
-                changed = estimate.changed_factor(call.inputs, input_gradient, rise, ratio, self.threat_model.norm)
+                changed = estimate.changed_factor(call.inputs, input_gradient, rise, change, self.threat_model.norm)
                 yield call.weight, weight_gradient(call, changed, output_gradient)
             else:
                 gain = output_gradient * estimate.normalized(call.layer, call.inputs)
-                yield call.weight, estimate.summed_like(call.weight.shape, call.layer, gain, ratio - 1).to(call.weight.dtype)
+                h = estimate.summed_like(call.weight.shape, call.layer, gain, change.ratio - 1)
+                yield call.weight, h.to(call.weight.dtype)
 
     def _worst_case_of_input(self, call: LayerCall, gradient: Tensor) -> Tensor:
         inputs = call.inputs

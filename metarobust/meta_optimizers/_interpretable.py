@@ -210,7 +210,8 @@ class InterpretableOptimizer(UpdateRule):
 
         Units: logarithms of learning rate, weight decay, L1 penalty and of the factor on all coefficients of the second stream in
         networks with normalisation; plain numbers for those coefficients themselves.
-        The slopes add their value at the end of training and take it away at the beginning.
+        The slopes add their value at the end of training and take it away at the beginning; the learning rate's power of the
+        fan-in leaves a fan-in of 64 alone.
         """
 
         def single(parameter: Tensor, scale: float, place: tuple[Any, ...]) -> Tensor:
@@ -230,6 +231,7 @@ class InterpretableOptimizer(UpdateRule):
         found: dict[str, tuple[float, dict[str, Tensor]]] = {
             "learning rate": (0.4, {"log_coefficient": single(logs, LOG_SPEED, (adam, everywhere, 0))}),
             "learning rate, slope": (0.6, {"log_coefficient": single(logs, LOG_SPEED, (adam, everywhere, 1))}),
+            "learning rate, fan-in": (0.2, {"fan_in_power": single(self.fan_in_power, 1.0, (adam,))}),
             "weight decay": (1.5, {"log_coefficient": single(logs, LOG_SPEED, (l2, weights, 0))}),
             "l1, first": (1.5, {"log_coefficient": single(logs, LOG_SPEED, (l1, groups["first"], 0))}),
         }

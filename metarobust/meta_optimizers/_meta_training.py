@@ -44,6 +44,7 @@ class MetaTrainingSettings:
     shortest_steps: int | None = None
     curriculum: float = 0.0
     tasks_per_step: int = 1
+    recompute_every: int | None = None
 
     @classmethod
     def serban2020(cls, *, iterations: int) -> Self:
@@ -71,6 +72,9 @@ class MetaTrainingSettings:
         finite("noise", self.noise, above=0.0)
         finite("curriculum", self.curriculum, least=0.0)
         require(self.curriculum <= 1, "curriculum", "a share of the iterations in [0, 1]", self.curriculum)
+        if self.recompute_every is not None:
+            integer("recompute_every", self.recompute_every, least=1)
+            require(self.estimator != "pes", "recompute_every", "None with estimator='pes', which keeps no graph", self.recompute_every)
         if self.shortest_steps is not None:
             integer("shortest_steps", self.shortest_steps, least=1)
             require(self.shortest_steps <= self.total_steps, "shortest_steps", "at most total_steps", self.shortest_steps)
@@ -111,6 +115,7 @@ def meta_train(
     shortest_steps: int | None = None,
     curriculum: float = 0.0,
     tasks_per_step: int = 1,
+    recompute_every: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
@@ -146,6 +151,9 @@ def meta_train(
         shortest_steps: each task's T is drawn log-uniformly between this and ``total_steps``; None for ``total_steps`` always.
         curriculum: share of the iterations during which the longest T grows (geometrically) from the shortest.
         tasks_per_step: tasks that are advanced for one meta-update, whose gradients are averaged.
+        recompute_every: steps whose graph is in memory at a time (activation checkpointing over steps): an unroll is taken once
+            without a graph, and again in parts of this many steps on the way back. The same gradient, for the memory of a part
+            and about a third more time. None keeps the graph of the whole unroll.
         seed: of all randomness here; tasks get their generators from it.
         checkpoint: file that the run's whole state goes to, atomically; when it exists, the run resumes from it and ends with
             bit-identical parameters.
@@ -171,6 +179,7 @@ def meta_train(
         shortest_steps=shortest_steps,
         curriculum=curriculum,
         tasks_per_step=tasks_per_step,
+        recompute_every=recompute_every,
         seed=seed,
     )
     integer("checkpoint_every", checkpoint_every, least=1)
