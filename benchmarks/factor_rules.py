@@ -133,9 +133,9 @@ def library(*, ratio: bool = True, shortened: bool = True) -> Rule:
 
         source, whole = "gradient+adversarial_estimate", estimate.predicted_change
         lost = estimate.LOST if shortened else math.inf
-        with patch.multiple(estimate, predicted_change=altered, LOST=lost):
-            with record_factors(model, threat_model=BALL, source=source) as recorder:
-                _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
+        changed = patch.multiple(estimate, predicted_change=altered, LOST=lost)
+        with changed, record_factors(model, threat_model=BALL, source=source) as recorder:
+            _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
         for p, clean, change in zip(model.parameters(), g, h, strict=True):
             p.grad = clean + change
 

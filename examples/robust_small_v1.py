@@ -4,8 +4,8 @@
     uv run torchrun --nproc-per-node 2 examples/robust_small_v1.py     # the settings of a generation shared by two processes
 
 Fourteen numbers of an `InterpretableOptimizer` are searched: learning rate, its slope and its power of the fan-in, weight decay,
-L1 on the first layer, and the coefficients of the estimated adversarial gradient in first, inner and last layers and in biases and normalisations,
-with their slopes, and a factor on these in networks with normalisation. A generation trains six networks with sixteen settings
+L1 on the first layer, the coefficients of the estimated adversarial gradient in first, inner and last layers and in biases and
+normalisations, with their slopes, and a factor on these in networks with normalisation. A generation trains six networks with sixteen settings
 each. Two controls learn the same way: "clean" is judged on clean examples, "one-stream" reads the gradient alone.
 """
 

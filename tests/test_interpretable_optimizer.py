@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from metarobust.meta_optimizers import ROLES, InterpretableOptimizer, combine_factors, gradients_only
 from metarobust.meta_optimizers._interpretable import LOG_SPEED, TERMS
-from metarobust.meta_optimizers._layout import layout_of
 from metarobust.types import Streams
 
 
@@ -117,29 +116,6 @@ def test_gradients_in_the_coefficients_against_central_differences(source: str) 
         slope = (gradient * direction).sum().item()
         assert abs(slope) > 1e-4
         assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
-
-
-@pytest.mark.parametrize("source", ["gradient", "gradient+perturbed_factors"])
-def test_steps_in_place_equal_the_transformation(source: str) -> None:
-    rule = rule_with(4, gradient_source=source)
-    transformation = rule.as_gradient_transformation(total_steps=6)
-    params, state = start(), transformation.init(start())
-    mine = [p.clone() for p in params]
-    layout = layout_of(tuple(p.shape for p in params), False)
-    own = rule.initial_state(layout.pack(params))
-    for step in range(6):
-        found = streams(params, step)
-        moves, state = transformation.update(found if rule.two_streams else found.gradients, state, params=params)
-        params = tuple(p + 0.5 * move.detach() for p, move in zip(params, moves, strict=True))
-        kept = [g.clone() for g in found.gradients]
-        seconds = found.perturbed_factors if rule.two_streams else None
-        own = rule.step_in_place(mine, found.gradients, seconds, own, layout, total_steps=6, lr=0.5)
-        assert all(torch.equal(a, b) for a, b in zip(kept, found.gradients, strict=True)), "gradients are the user's"
-        for a, b in zip(mine, params, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(own.momentum, state.momentum.detach())
-    torch.testing.assert_close(own.square, state.square.detach())
-    assert int(own.step) == 6
 
 
 def test_a_model_of_another_precision_takes_the_same_steps() -> None:

@@ -15,9 +15,9 @@ missing probability q, the size of the gradient at the logits, grows by
           \qquad m_i = z_{i,y} - \log \textstyle\sum_{k \ne y} e^{z_{i,k}} .
 
 This is exact for two classes and cross-entropy. Once an example is lost, moving it further teaches little and costs clean
-accuracy (the observation behind friendly adversarial training, Zhang et al., 2020): the move is shortened, by one factor in all
-layers, so that the best wrong class comes to lead the label by no more than `LOST`. What stays out: changed activation patterns and normalisations below
-the logits.
+accuracy (the observation behind friendly adversarial training, Zhang et al., 2020): the move is shortened, by one factor in
+all layers, so that the best wrong class comes to lead the label by no more than `LOST`. What stays out: changed activation
+patterns and normalisations below the logits.
 """
 
 from typing import NamedTuple

@@ -13,7 +13,7 @@ PREPROCESSINGS = ("full", "log_sign", "multiply")
 FAST, SLOW, SECOND = 0.9, 0.99, 0.999
 """Decay of the two first moments and of the second moments; 0.9 and 0.999 are Adam's (Kingma & Ba, 2015)."""
 
-_TINY = 1e-30  # keeps the derivative of the square root finite where a gradient has always been exactly zero
+TINY = 1e-30  # keeps the derivative of the square root finite where a gradient has always been exactly zero
 
 
 class Moments(NamedTuple):
@@ -29,8 +29,8 @@ class Moments(NamedTuple):
 
 def initial_moments(rows: Tensor, *, two_streams: bool) -> Moments:
     """All zero, shaped like ``rows``."""
-    zero = torch.zeros_like(rows)
-    return Moments(zero, zero, zero, *((zero,) * 3 if two_streams else (None,) * 3))
+    first, second = ([torch.zeros_like(rows) for _ in range(3)] for _ in range(2))
+    return Moments(*first, *(second if two_streams else (None,) * 3))
 
 
 def update_moments(moments: Moments, g: Tensor, h: Tensor | None) -> Moments:
@@ -64,7 +64,7 @@ def adam_direction(moments: Moments, coefficient: Tensor | None, step: int) -> T
 
 def root(second_moment: Tensor) -> Tensor:
     """Square root whose derivative stays finite at zero."""
-    return (second_moment.clamp(min=0) + _TINY).sqrt()
+    return (second_moment.clamp(min=0) + TINY).sqrt()
 
 
 def log_sign(g: Tensor, k: float) -> tuple[Tensor, Tensor]:

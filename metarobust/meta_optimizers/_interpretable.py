@@ -132,6 +132,10 @@ class InterpretableOptimizer(UpdateRule):
             pieces.append(-(rate * direction + drift * slow + decay * weight + shrink * F.softsign(reach * weight)))
         return torch.cat(pieces, dim=1), InterpretableState(momentum, square, state.step + 1)
 
+    def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether `step_in_place` can take these: always."""
+        return True
+
     @torch.no_grad()
     def step_in_place(
         self,

@@ -1,6 +1,7 @@
 """The coordinatewise LSTM meta-optimizer: one small recurrent network, shared by all coordinates of all tensors."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -12,6 +13,7 @@ from metarobust.meta_optimizers import _features as features
 from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES
 from metarobust.meta_optimizers._features import Moments
 from metarobust.meta_optimizers._layout import ROLES, Layout
+from metarobust.meta_optimizers._lstm_in_place import lstm_step_in_place
 from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, UpdateRule, checked_streams
 
 BASES = ("adam", "none")
@@ -155,9 +157,9 @@ class LSTMOptimizer(UpdateRule):
 
     def initial_state(self, rows: Tensor) -> LSTMState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""
-        zero = rows.new_zeros(self.layers, self.hidden_size, rows.numel())
+        hidden, cell = (rows.new_zeros(self.layers, self.hidden_size, rows.numel()) for _ in range(2))
         moments = features.initial_moments(rows.detach(), two_streams=self.two_streams)
-        return LSTMState(zero, zero, moments, torch.zeros((), dtype=torch.int64))
+        return LSTMState(hidden, cell, moments, torch.zeros((), dtype=torch.int64))
 
     def step(
         self,
@@ -195,6 +197,25 @@ class LSTMOptimizer(UpdateRule):
         direction = features.adam_direction(moments, coefficient, step)
         update = self.output_scale * outputs[1] - self.initial_learning_rate * rate.exp() * direction
         return update, new_state
+
+    def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether `step_in_place` can take these: on a CPU, contiguous, for a rule with all features and an Adam base."""
+        made_for = self.preprocessing == "full" and self.base == "adam"
+        return made_for and all(p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+
+    def step_in_place(
+        self,
+        parameters: Sequence[Tensor],
+        g: Sequence[Tensor],
+        h: Sequence[Tensor] | None,
+        state: LSTMState,
+        layout: Layout,
+        *,
+        total_steps: int,
+        lr: float,
+    ) -> LSTMState:
+        """`step` times ``lr``, written into ``parameters`` and into the tensors of ``state``: equal to it up to rounding."""
+        return lstm_step_in_place(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
 
     def _cells(self, inputs: list[Tensor], bias: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:
         """All stacked cells once, units first: ``inputs [features, n] -> hidden, cell [layers, units, n]``.

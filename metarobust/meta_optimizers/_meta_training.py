@@ -74,7 +74,12 @@ class MetaTrainingSettings:
         require(self.curriculum <= 1, "curriculum", "a share of the iterations in [0, 1]", self.curriculum)
         if self.recompute_every is not None:
             integer("recompute_every", self.recompute_every, least=1)
-            require(self.estimator != "pes", "recompute_every", "None with estimator='pes', which keeps no graph", self.recompute_every)
+            require(
+                self.estimator != "pes",
+                "recompute_every",
+                "None with estimator='pes', which keeps no graph",
+                self.recompute_every,
+            )
         if self.shortest_steps is not None:
             integer("shortest_steps", self.shortest_steps, least=1)
             require(self.shortest_steps <= self.total_steps, "shortest_steps", "at most total_steps", self.shortest_steps)

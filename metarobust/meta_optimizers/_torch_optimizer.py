@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
 from metarobust.meta_optimizers._factor_gradients import FactorRecorder, belongs_to_gradient
-from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.meta_optimizers._training_record import covers
@@ -83,7 +82,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             holder.update(self.meta_optimizer.initial_state(layout.pack(params).to(own.dtype)).to_dict())
         state: Any = self.meta_optimizer.State.from_dict(holder)
         total_steps = group["total_steps"]
-        if isinstance(self.meta_optimizer, InterpretableOptimizer) and all(p.dtype == own.dtype for p in params):
+        if all(p.dtype == own.dtype for p in params) and self.meta_optimizer.steps_in_place(params):
             state = self.meta_optimizer.step_in_place(
                 params, gradients, seconds, state, layout, total_steps=total_steps, lr=group["lr"]
             )
