@@ -5,8 +5,8 @@
 
 Fourteen numbers of an `InterpretableOptimizer` are searched: learning rate, its slope and its power of the fan-in, weight decay,
 L1 on the first layer, the coefficients of the estimated adversarial gradient in first, inner and last layers and in biases and
-normalisations, with their slopes, and a factor on these in networks with normalisation. A generation trains six networks with sixteen settings
-each. Two controls learn the same way: "clean" is judged on clean examples, "one-stream" reads the gradient alone.
+normalisations, with their slopes, and a factor on these in networks with normalisation. A generation trains six networks with
+sixteen settings each. Two controls learn alike: "clean" is judged on clean examples, "one-stream" reads the gradient alone.
 """
 
 import argparse

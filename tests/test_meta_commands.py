@@ -212,12 +212,14 @@ def test_settings_reach_the_meta_training(shell: Shell, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_meta_train_run, "meta_train", recorded)
     more = {"learning_rate": 0.01, "tasks_per_step": 3, "seed": 5, "checkpoint": "kept.here", "total_steps": "10,30", "unroll": 7}
+    more |= {"recompute_every": 4}
     assert shell("meta-train", **(UPDATES | more))[0] == 0
     report = seen[0].pop("report")
     assert callable(report)
     assert seen[0] == {
         "iterations": 7, "total_steps": 30, "shortest_steps": 10, "unroll": 7, "slots": 6, "tasks_per_step": 3,
         "learning_rate": 0.01, "estimator": "second_order", "seed": 5, "checkpoint": Path("kept.here"), "checkpoint_every": 10,
+        "recompute_every": 4,
     }  # fmt: skip
 
 
@@ -386,6 +388,7 @@ def test_a_terminal_has_a_live_table(capsys: pytest.CaptureFixture[str], monkeyp
         ),
         ({"rule": "lstm"}, "--estimator must be second-order, .* for it, .*, got --rule lstm; write --estimator second-order"),
         ({"unroll": 5}, "--unroll is read by --estimator second-order, first-order or pes only, not by search; leave it out"),
+        ({"recompute_every": 5, "estimator": "pes"}, "--recompute-every must be left out with --estimator pes"),
         ({"population": 5, "estimator": "pes"}, "--population is read by --estimator search only, not by pes; leave it out"),
         ({"population": 1}, "--population must be an integer >= 2, got 1"),
         ({"iterations": 0}, "--iterations must be an integer >= 1, got 0"),

@@ -86,4 +86,5 @@ def test_what_lies_scattered_in_memory_takes_the_same_steps(kind: str) -> None:
             optimizer.step()
     torch.testing.assert_close(together.weight, apart.weight)
     torch.testing.assert_close(together.bias, apart.bias)
-    assert (together.weight.grad is not None) and together.weight.grad.abs().max() > 0
+    assert together.weight.grad is not None
+    assert together.weight.grad.abs().max() > 0

@@ -9,9 +9,18 @@ from typing import Literal
 from metarobust.command_line._evaluate import _check_place, parse_number
 from metarobust.command_line._train_checks import written
 
-LEAST = {"iterations": 1, "copies": 1, "batch_size": 1, "unroll": 1, "tasks_per_step": 1, "population": 2, "seed": 0}
+LEAST = {
+    "iterations": 1,
+    "copies": 1,
+    "batch_size": 1,
+    "unroll": 1,
+    "recompute_every": 1,
+    "tasks_per_step": 1,
+    "population": 2,
+    "seed": 0,
+}
 """Smallest values of the flags that count something."""
-OF_META_UPDATES = ("unroll", "learning_rate", "tasks_per_step")
+OF_META_UPDATES = ("unroll", "recompute_every", "learning_rate", "tasks_per_step")
 """Flags that the search does not read."""
 ACCURACIES = ("pgd", "clean")
 """Meta-losses that are a way to judge accuracy too, which is what the search scores."""
@@ -67,6 +76,8 @@ class MetaTrain:
     """search: settings that are tried in a generation. Default: 16."""
     unroll: int | None = None
     """Not for search: steps between two cuts of the graph. Default: 20."""
+    recompute_every: int | None = None
+    """Not for search and pes: steps whose graph is in memory at a time; steps are taken again on the way back. Default: all."""
     learning_rate: float | None = None
     """Not for search: of the meta-level Adam, which decays to 0. Default: 0.005."""
     tasks_per_step: int | None = None
@@ -164,6 +175,8 @@ class MetaTrain:
         if self.searches and self.meta_loss not in ACCURACIES:
             reason = f"which scores accuracies and no loss, got {self.meta_loss}"
             raise ValueError(f"--meta-loss must be pgd or clean for --estimator search, {reason}; write --estimator second-order")
+        if self.recompute_every is not None and self.estimator == "pes":
+            raise ValueError("--recompute-every must be left out with --estimator pes, which keeps no graph")
         for name in OF_META_UPDATES if self.searches else ("population",):
             if getattr(self, name) is not None:
                 readers = others if self.searches else "search"

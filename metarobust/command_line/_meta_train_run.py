@@ -257,6 +257,7 @@ def learned(job: Job, *, leads: bool) -> list[Any]:
                 tasks_per_step=together,
                 learning_rate=flags.learning_rate or 5e-3,
                 estimator=flags.estimator.replace("-", "_"),
+                recompute_every=flags.recompute_every,
                 seed=flags.seed,
                 checkpoint=flags.kept,
                 checkpoint_every=CHECKPOINT_EVERY,

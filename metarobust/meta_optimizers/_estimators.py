@@ -132,10 +132,9 @@ def _recomputed(
         ends = [leaf for leaf in pytree.tree_leaves(cast("Any", (window.parameters, window.state))) if _differentiable(leaf)]
         sources = [*meta_parameters, *(leaf for leaf in leaves if _differentiable(leaf))]
         # What neither the losses nor later steps depend on has no derivative to carry.
-        pairs = [
-            (end, d) for end, d in zip(ends, later or [None] * len(ends), strict=True) if d is not None and end.requires_grad
-        ]
-        objective = window.total / weights + sum(((e * d).sum() for e, d in pairs), torch.zeros(()))
+        carried = zip(ends, later or [None] * len(ends), strict=True)
+        products = ((end * d).sum() for end, d in carried if d is not None and end.requires_grad)
+        objective = window.total / weights + sum(products, torch.zeros(()))
         found = torch.autograd.grad(objective, cast("Any", sources), allow_unused=True)
         own, later = found[: len(gradients)], list(found[len(gradients) :])
         gradients = [a if b is None else a + b for a, b in zip(gradients, own, strict=True)]
