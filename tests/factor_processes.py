@@ -18,17 +18,23 @@ THREAT_MODEL = ThreatModel(epsilon=0.1)
 
 
 def outcome(source: str, rows: slice, *, parallel: bool) -> list[Tensor]:
-    """Both streams of these rows, twice accumulated, and the parameters after one learned step, one tensor after the other."""
+    """Both streams of these rows, twice accumulated, the combined gradient, and the parameters after a learned step, in a row."""
     torch.manual_seed(0)
     x, y = torch.rand(8, 1, 8, 8, dtype=torch.float64), torch.randint(10, (8,))
     model = cnn([3, 4]).double()
     watched = DistributedDataParallel(model) if parallel else model
-    optimizer = InterpretableOptimizer(gradient_source=source).double().torch_optimizer(model.parameters(), total_steps=10)
+    rule = InterpretableOptimizer(gradient_source=source).double()
+    rule.shift_factor_coefficients(first=1.5, others=0.5)
+    optimizer = rule.torch_optimizer(model.parameters(), total_steps=10)
     for _ in range(2):  # gradients accumulate, and the second forward pass finds a reducer at rest
-        with optimizer.record_factors(watched, threat_model=THREAT_MODEL) as recorder:
+        with rule.record_factors(watched, threat_model=THREAT_MODEL) as recorder:
             recorder.backward(F.cross_entropy(watched(x[rows]), y[rows]))
     found = [t for p in model.parameters() for t in (cast("Tensor", p.grad), cast("Any", p).perturbed_factor_grad)]
     found = [t.clone() for t in found]
+    optimizer.zero_grad()
+    with optimizer.record_factors(watched, threat_model=THREAT_MODEL) as recorder:
+        recorder.backward(F.cross_entropy(watched(x[rows]), y[rows]))
+    found += [cast("Tensor", p.grad).clone() for p in model.parameters()]
     optimizer.step()
     return found + [p.detach() for p in model.parameters()]
 

@@ -129,7 +129,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_without_moves_it_is_the_gradient_of_the_reweighted_loss(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """With the moves left out, h is exactly the gradient of sum_i (r_i - 1) L_i, for every parameter of every layer kind."""
-    monkeypatch.setattr(estimate, "changed_input", lambda inputs, move, change: inputs * per_example(change.ratio - 1, inputs))
+    monkeypatch.setattr(
+        estimate, "changed_input", lambda inputs, move, change, mix: inputs * per_example(change.ratio - 1, inputs)
+    )
     monkeypatch.setattr(estimate, "changed_factor", lambda inputs, *_: inputs * per_example(seen[0].ratio - 1, inputs))
     torch.manual_seed(0)
     model = MODELS[name]().double()

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_find_the_mean_of_their_halves(folder: Path, source: str) -> None:
     halves = [factor_processes.outcome(source, rows, parallel=False) for rows in (slice(0, 4), slice(4, 8))]
     first, second = (torch.load(folder / f"{source}-{rank}.pt", weights_only=True) for rank in range(2))
-    streams = 2 * (len(first) // 3)
+    streams = 3 * (len(first) // 4)
     for number, (a, b) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(a, b)
         if number < streams:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from metarobust._checks import require
 from metarobust._tensors import per_example
+from metarobust.meta_optimizers._layer_calls import Mix
 from metarobust.models._stacked import StackedAffine, StackedConv2d
 
 REACH = 1.25
@@ -93,13 +94,13 @@ def predicted_change(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> C
     return Change(ratio, drop / whole.clamp(min=_TINY))
 
 
-def changed_input(inputs: Tensor, move: Tensor, change: Change) -> Tensor:
-    """``r (a + e) - a`` of a first layer: the factor whose product with d is the second stream."""
-    size = (REACH * change.ratio * change.reach).to(inputs.dtype)
-    return _plus_kept(size, move.to(inputs.dtype), inputs, change.ratio, signs=False)
+def changed_input(inputs: Tensor, move: Tensor, change: Change, mix: Mix) -> Tensor:
+    """``r (a + e) - a`` of a first layer: the factor whose product with d is the second stream; mixed with a as ``mix`` says."""
+    size = (mix.change * REACH * change.ratio * change.reach).to(inputs.dtype)
+    return _plus_kept(size, move.to(inputs.dtype), inputs, change.ratio, mix, signs=False)
 
 
-def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, change: Change, norm: str) -> Tensor:
+def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, change: Change, norm: str, mix: Mix) -> Tensor:
     """The same of a later layer, for its balanced move."""
     require(
         len(gradient) == len(rise),
@@ -110,19 +111,20 @@ def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, change: Chang
     )
     rows = exact(gradient).flatten(1)
     slope = torch.linalg.vector_norm(rows, ord=1, dim=1) if norm == "linf" else rows.square().sum(1)
-    size = change.ratio * change.reach * rise / slope.clamp(min=_TINY)
-    return _plus_kept(size.to(inputs.dtype), gradient, inputs, change.ratio, signs=norm == "linf")
+    size = mix.change * change.ratio * change.reach * rise / slope.clamp(min=_TINY)
+    return _plus_kept(size.to(inputs.dtype), gradient, inputs, change.ratio, mix, signs=norm == "linf")
 
 
-def _plus_kept(size: Tensor, along: Tensor, inputs: Tensor, ratio: Tensor, *, signs: bool) -> Tensor:
-    """``size * along + (ratio - 1) * inputs`` with one size and ratio per example; ``signs``: along its signs alone.
+def _plus_kept(size: Tensor, along: Tensor, inputs: Tensor, ratio: Tensor, mix: Mix, *, signs: bool) -> Tensor:
+    """``size * along`` plus the part of the inputs that stays, with one size and ratio per example; ``signs``: along its signs.
 
     In two passes over memory. A gradient of exactly zero counts as positive there, which no product with d can see: it is a sum
     of terms with d, and but for a coincidence they are all zero.
     """
     size = per_example(size, inputs)
-    moved = torch.copysign(size, along) if signs else size * along
-    kept = per_example((ratio - 1).to(inputs.dtype), inputs)
+    # copysign takes the sign of its second argument alone, whatever the first one's is.
+    moved = torch.copysign(size, along) if signs and mix.change >= 0 else size * (along.sign() if signs else along)
+    kept = per_example((mix.clean + mix.change * (ratio - 1)).to(inputs.dtype), inputs)
     return torch.addcmul(moved, inputs, kept) if moved.requires_grad else moved.addcmul_(inputs.detach(), kept)
 
 

@@ -13,7 +13,7 @@ activation scale. No perturbed input is formed or forwarded and no attack is cal
 layer. The closest relatives are YOPO (Zhang et al., 2019, arXiv 1905.00877) and input-gradient regularisation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
-from metarobust._checks import choice, images, message, require
+from metarobust._checks import choice, message, require
 from metarobust._processes import processes, summed
-from metarobust._tensors import per_example
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
-from metarobust.meta_optimizers._layer_calls import LAYERS, Factors, LayerCall, activation_scale, weight_gradient
+from metarobust.meta_optimizers._layer_calls import LAYERS, Factors, LayerCall, Mix
+from metarobust.meta_optimizers._second_stream import estimated_terms, scaled_terms
 from metarobust.models import Normalize
 from metarobust.threat_models import ThreatModel
 
@@ -48,9 +48,13 @@ class FactorRecorder:
     Made by :func:`record_factors`.
     """
 
-    def __init__(self, model: nn.Module, threat_model: ThreatModel, source: str) -> None:
+    def __init__(
+        self, model: nn.Module, threat_model: ThreatModel, source: str, coefficients: Mapping[Tensor, float] | None = None
+    ) -> None:
         self.model, self.threat_model, self.source = model, threat_model, source
+        self.coefficients = None if coefficients is None else {id(p): c for p, c in coefficients.items()}
         self._calls: list[LayerCall] = []
+        self._hidden: dict[nn.Module, Tensor] = {}
         self._logits: Tensor | None = None
         self._normalized: tuple[Normalize, Tensor] | None = None
 
@@ -59,14 +63,32 @@ class FactorRecorder:
             remedy = "write layer(x) instead of layer(input=x) in the model's forward"
             raise ValueError(message("layer inputs", "positional", f"keywords alone in {type(layer).__name__}", remedy))
         (inputs, *rest) = args
-        if not torch.is_grad_enabled() or inputs.requires_grad:
+        if not torch.is_grad_enabled():
+            return None
+        self._hide_weight(layer)
+        if inputs.requires_grad:
             return None
         # An input that depends on no parameter: make it a leaf, so that the backward pass reaches it.
         return (inputs.detach().requires_grad_(), *rest)
 
-    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs = args[0]
-        if not output.requires_grad or not inputs.requires_grad:
+    def _hide_weight(self, layer: nn.Module) -> None:
+        """Run this call with a weight cut from the graph: its one gradient is made from the call's factors, not by autograd.
+
+        Other uses of the weight keep theirs. A subclass may use its weight in a way of its own and is left alone.
+        """
+        weight = layer._parameters.get("weight")
+        if self.coefficients is not None and type(layer) in LAYERS and id(weight) in self.coefficients:
+            assert weight is not None
+            if weight.requires_grad:
+                self._hidden[layer] = weight
+                layer._parameters["weight"] = cast("Any", weight.detach())
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> None:
+        hidden = self._hidden.pop(layer, None)
+        if hidden is not None:
+            layer._parameters["weight"] = cast("Any", hidden)
+        inputs = args[0] if args else None
+        if output is None or inputs is None or not output.requires_grad or not inputs.requires_grad:  # None: the layer failed
             return
         first = isinstance(layer, LAYERS) and (inputs.is_leaf or not self._calls)
         normalize, shape = None, inputs.shape
@@ -86,6 +108,7 @@ class FactorRecorder:
                 first,
                 normalize,
                 shape,
+                hidden is not None,
             )
         )
 
@@ -112,7 +135,22 @@ class FactorRecorder:
             parameters: the tensors to differentiate by; default: those of the model that require a gradient.
             create_graph: keep the graph of both streams, to differentiate through them.
         """
+        require(
+            self.coefficients is None,
+            "coefficients",
+            "None for both streams",
+            "a combined gradient",
+            "call recorder.backward(loss)",
+        )
         targets = tuple(p for p in self.model.parameters() if p.requires_grad) if parameters is None else tuple(parameters)
+        gradients, perturbed = self._differentiate(loss, targets, create_graph=create_graph)
+        zeros = (torch.zeros_like(p) for p in targets)
+        return FactorGradients(loss, gradients, tuple(perturbed.get(id(p), zero) for p, zero in zip(targets, zeros, strict=True)))
+
+    def _differentiate(
+        self, loss: Tensor, targets: Sequence[Tensor], *, create_graph: bool = False
+    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        """The gradients by the targets, and by the id of a target what its layers' factors add to them."""
         require(loss.dim() == 0, "loss", "a scalar", f"shape {list(loss.shape)}", "write loss.mean()")
         require(
             bool(self._calls),
@@ -132,105 +170,68 @@ class FactorRecorder:
         perturbed: dict[int, Tensor] = {}
         with torch.set_grad_enabled(create_graph), torch.autocast(loss.device.type, enabled=False):
             if self._logits is None:
-                terms = self._scaled_terms(factors, wanted)
+                terms = scaled_terms(factors, wanted, self.threat_model, self._mix)
             else:
-                terms = self._estimated_terms(factors, found[begin - 1], wanted)
+                slopes = found[begin - 1]
+                require(slopes is not None, "loss", "computed from the model's output", "one that does not depend on it")
+                terms = estimated_terms(
+                    factors, wanted, self.threat_model, self._mix, logits=self._logits, logit_gradients=slopes
+                )
             for p, h in terms:
                 before = perturbed.get(id(p))
                 perturbed[id(p)] = h if before is None else before + h  # a shared weight sums its calls
-        return FactorGradients(loss, gradients, tuple(perturbed.get(id(p), torch.zeros_like(p)) for p in targets))
+        return gradients, perturbed
 
     def backward(self, loss: Tensor) -> None:
-        """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``."""
+        """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``.
+
+        With coefficients, ``.grad`` is the combined gradient, and there is no second stream.
+        """
         targets = [p for p in self.model.parameters() if p.requires_grad]
+        if self.coefficients is not None:
+            gradients, added = self._differentiate(loss, targets)
+            gradients = [g + added[id(p)] if id(p) in added else g for p, g in zip(targets, gradients, strict=True)]
+            if isinstance(self.model, DistributedDataParallel):
+                gradients = [g / processes() for g in summed(gradients)]
+            for p, g in zip(targets, gradients, strict=True):
+                p.grad = g if p.grad is None else p.grad + g
+                cast("Any", p).perturbed_factor_grad = None
+                cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model, self.source)
+            return
         _, gradients, seconds = self.gradients(loss, targets)
         if isinstance(self.model, DistributedDataParallel):
             gradients, seconds = ([s / processes() for s in summed(stream)] for stream in (gradients, seconds))
         for p, g, h in zip(targets, gradients, seconds, strict=True):
             # The second stream accumulates only onto the very gradient it was filled with: after any kind of zero_grad, or a
             # plain backward in between, it starts afresh.
-            if belongs_to_gradient(p, unchanged=True):
+            if belongs_to_gradient(p, unchanged=True) and cast("Any", p).perturbed_factor_grad is not None:
                 h = cast("Any", p).perturbed_factor_grad + h
             p.grad = g if p.grad is None else p.grad + g
             cast("Any", p).perturbed_factor_grad = h
             cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model, self.source)
 
-    def _scaled_terms(self, factors: list[Factors], wanted: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every wanted weight with its gradient under the scaled worst move of its inputs."""
-        for call, input_gradient, output_gradient in factors:
-            if id(call.weight) not in wanted:
-                continue
-            if call.first:
-                yield call.weight, weight_gradient(call, self._worst_case_of_input(call, input_gradient), output_gradient)
-                continue
-            direction = self.threat_model.ascent_direction(input_gradient)
-            # The activation scale is one number per copy: it is cheaper on the weight gradient than on the activations.
-            scale = activation_scale(call.inputs, self.threat_model.norm, getattr(call.layer, "copies", 1))
-            h = weight_gradient(call, direction, output_gradient)
-            yield call.weight, h * (per_example(scale, h) if len(scale) > 1 else scale)
-
-    def _estimated_terms(
-        self, factors: list[Factors], logit_gradients: Tensor | None, wanted: set[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every wanted parameter of a recorded layer with the estimated change of its gradient."""
-        assert self._logits is not None
-        require(logit_gradients is not None, "loss", "computed from the model's output", "one that does not depend on it")
-        moves = {f.call: self._worst_case_of_input(f.call, f.input_gradient) for f in factors if f.call.first}
-        gradients = [f.input_gradient for f in factors if f.call.first]
-        rise = estimate.first_order_rise(list(moves.values()), gradients)
-        change = estimate.predicted_change(self._logits, cast("Tensor", logit_gradients), rise)
-        for call, input_gradient, output_gradient in factors:
-            bias = cast("Tensor | None", call.layer.bias)
-            if bias is not None and id(bias) in wanted:
-                yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, change.ratio - 1).to(bias.dtype)
-            if id(call.weight) not in wanted:  # frozen, or a normalisation without a gain
-                continue
-            if call.first:
-                changed = estimate.changed_input(call.inputs, moves[call], change)
-                yield call.weight, weight_gradient(call, changed, output_gradient)
-            elif isinstance(call.layer, LAYERS):
-                changed = estimate.changed_factor(call.inputs, input_gradient, rise, change, self.threat_model.norm)
-                yield call.weight, weight_gradient(call, changed, output_gradient)
-            else:
-                gain = output_gradient * estimate.normalized(call.layer, call.inputs)
-                h = estimate.summed_like(call.weight.shape, call.layer, gain, change.ratio - 1)
-                yield call.weight, h.to(call.weight.dtype)
-
-    def _worst_case_of_input(self, call: LayerCall, gradient: Tensor) -> Tensor:
-        inputs = call.inputs
-        if call.normalize is None:
-            return self._worst_move(inputs, gradient)
-        normalize, shape = call.normalize, call.normalized_shape
-        require(
-            inputs.numel() == shape.numel(),
-            "model",
-            "such that its first layer reads the whole output of Normalize, reshaped at most",
-            f"an input of shape {list(inputs.shape)} after Normalize gave {list(shape)}",
-        )
-        std, mean = (normalize._channels(v, inputs.reshape(shape)) for v in (normalize.std, normalize.mean))
-        pixels = inputs.reshape(shape) * std + mean
-        return (self._worst_move(pixels, gradient.reshape(shape) / std) / std).reshape(inputs.shape)
-
-    def _worst_move(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """First-order worst case in the input: an epsilon step of steepest ascent, stopped by the box."""
-        threat_model, x = self.threat_model, x.detach()
-        # A first layer that reads anything but pixels would silently get a meaningless perturbation.
-        images(x, lower=threat_model.lower, upper=threat_model.upper, tolerance=1e-4)
-        moved = torch.add(x, threat_model.ascent_direction(gradient), alpha=threat_model.epsilon)
-        return moved.clamp_(threat_model.lower, threat_model.upper).sub_(x)
+    def _mix(self, p: Tensor, call: LayerCall | None) -> Mix:
+        """How much of the clean factor and of its change this parameter's term is made of."""
+        if self.coefficients is None:
+            return Mix(0.0, 1.0)
+        return Mix(1.0 if call is not None and call.hidden else 0.0, self.coefficients.get(id(p), 0.0))
 
 
 def belongs_to_gradient(p: Tensor, *, unchanged: bool = False) -> bool:
     """Whether the second stream of ``p`` was filled together with its present ``.grad`` (and, if asked, none changed since)."""
     origin = getattr(p, "perturbed_factor_origin", None)
-    if origin is None or p.grad is None or getattr(p, "perturbed_factor_grad", None) is None:
+    if origin is None or p.grad is None:
         return False
     return origin[0] is p.grad and (not unchanged or origin[1] == p.grad._version)
 
 
 @contextmanager
 def record_factors(
-    model: nn.Module, *, threat_model: ThreatModel | None = None, source: str = "gradient+perturbed_factors"
+    model: nn.Module,
+    *,
+    threat_model: ThreatModel | None = None,
+    source: str = "gradient+perturbed_factors",
+    coefficients: Mapping[Tensor, float] | None = None,
 ) -> Iterator[FactorRecorder]:
     """Watch a forward pass in a plain training loop; ``recorder.backward(loss)`` fills both gradient streams.
 
@@ -242,6 +243,8 @@ def record_factors(
             factor's scaled worst move. ``"gradient+adversarial_estimate"``: the estimated change of the gradient at the
             adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and normalisations have
             one too (docs/transfer.md).
+        coefficients: c by parameter, for a rule that follows g + c h: ``backward`` then fills ``.grad`` with that sum, at one
+            weight gradient per layer, that of the combined factor, where both streams take two. Parameters left out have c = 0.
 
     Under ``DistributedDataParallel`` (pass the wrapped model) both streams are averaged over the processes; a model from
     ``torch.compile`` runs eagerly while it is watched. ``nn.MultiheadAttention`` calls no layer for its projections, whose second
@@ -267,7 +270,7 @@ def record_factors(
         threat_model.norm,
     )
     choice("source", source, GRADIENT_SOURCES[1:])
-    recorder = FactorRecorder(model, threat_model, source)
+    recorder = FactorRecorder(model, threat_model, source, coefficients)
     estimating = source == "gradient+adversarial_estimate"
     hooks = []
     around = ExitStack()
@@ -278,7 +281,7 @@ def record_factors(
     for module in model.modules():
         if isinstance(module, LAYERS) or (estimating and isinstance(module, estimate.NORMALISATIONS)):
             hooks.append(module.register_forward_pre_hook(recorder._before))
-            hooks.append(module.register_forward_hook(recorder._after))
+            hooks.append(module.register_forward_hook(recorder._after, always_call=True))
         elif isinstance(module, Normalize):
             hooks.append(module.register_forward_hook(recorder._after_normalize))
     if estimating:

@@ -132,6 +132,12 @@ class InterpretableOptimizer(UpdateRule):
             pieces.append(-(rate * direction + drift * slow + decay * weight + shrink * F.softsign(reach * weight)))
         return torch.cat(pieces, dim=1), InterpretableState(momentum, square, state.step + 1)
 
+    @torch.no_grad()
+    def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:
+        """c of each tensor in a step, from 1."""
+        factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))[1]
+        return None if factors is None else factors.tolist()
+
     def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
         """Whether `step_in_place` can take these: always."""
         return True
@@ -141,7 +147,7 @@ class InterpretableOptimizer(UpdateRule):
         self,
         parameters: Sequence[Tensor],
         g: Sequence[Tensor],
-        h: Sequence[Tensor] | None,
+        h: Sequence[Tensor | None] | None,
         state: InterpretableState,
         layout: Layout,
         *,
@@ -150,21 +156,24 @@ class InterpretableOptimizer(UpdateRule):
     ) -> InterpretableState:
         """`step` times ``lr``, written into ``parameters`` and into the tensors of ``state``: no graph, no copies of either.
 
+        Where an entry of ``h`` is None, that of ``g`` is the combined stream already.
+
         For tensors of the rule's own dtype; equal to `step` up to rounding.
         """
         step = int(state.step) + 1
         terms, factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))
         coefficients = [] if factors is None else factors.tolist()  # one transfer from a GPU, not one per tensor
-        first, second = 1 - FAST**step, 1 - SECOND**step
+        first, root_of_second = 1 - FAST**step, math.sqrt(1 - SECOND**step)
         moments = (state.momentum.view(-1).split(layout.sizes), state.square.view(-1).split(layout.sizes))
         rows = zip(parameters, g, *moments, terms.T.tolist(), layout.roles, strict=True)
         for number, (p, gradient, momentum, square, (rate, drift, decay, shrink), role) in enumerate(rows):
-            u = gradient if h is None else torch.add(gradient, h[number], alpha=coefficients[number])
+            second = None if h is None else h[number]
+            u = gradient if second is None else torch.add(gradient, second, alpha=coefficients[number])
             u = u.clamp(-LARGEST, LARGEST) if u is gradient else u.clamp_(-LARGEST, LARGEST)
             mean, mean_square = momentum.view(p.shape), square.view(p.shape)
             mean.lerp_(u, 1 - FAST)
             mean_square.mul_(SECOND).addcmul_(u, u, value=1 - SECOND)
-            scale = torch.sqrt(mean_square, out=u).div_(math.sqrt(second)).add_(1e-8)
+            scale = torch.sqrt(mean_square, out=u).div_(root_of_second).add_(1e-8)
             reach = SHRINK_SCALE * role.fan_in**0.5
             below = p.abs().mul_(reach).add_(1)
             update = torch.div(p, below, out=below).mul_(-lr * shrink * reach)

@@ -207,7 +207,7 @@ class LSTMOptimizer(UpdateRule):
         self,
         parameters: Sequence[Tensor],
         g: Sequence[Tensor],
-        h: Sequence[Tensor] | None,
+        h: Sequence[Tensor | None] | None,
         state: LSTMState,
         layout: Layout,
         *,

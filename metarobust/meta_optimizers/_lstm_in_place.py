@@ -49,7 +49,7 @@ def lstm_step_in_place(
     rule: "LSTMOptimizer",
     parameters: Sequence[Tensor],
     g: Sequence[Tensor],
-    h: Sequence[Tensor] | None,
+    h: Sequence[Tensor | None] | None,
     state: "LSTMState",
     layout: Layout,
     *,
@@ -73,7 +73,7 @@ def lstm_step_in_place(
         tensors = Tensors(
             p.view(-1),
             g[number].reshape(-1),
-            None if h is None else h[number].reshape(-1),
+            None if h is None else _flat_or_zero(h[number], p),
             [row[number] for row in rows],
             state.hidden[:, :, span],
             state.cell[:, :, span],
@@ -161,6 +161,10 @@ def _weights(rule: "LSTMOptimizer", tensors: Tensors, role: int, fan_in: int, bi
         between = cast("Tensor", rule.between_weight)[layer - 1]
         weights.append(torch.cat([between, rule.recurrent_weight[layer], rule.bias[layer][:, None]], dim=1))
     return weights
+
+
+def _flat_or_zero(second: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p).view(-1) if second is None else second.reshape(-1)
 
 
 def _mean_square(values: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
 from metarobust.meta_optimizers._factor_gradients import FactorRecorder, belongs_to_gradient
+from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.meta_optimizers._training_record import covers
@@ -89,20 +90,26 @@ class LearnedOptimizer(torch.optim.Optimizer):
             holder.update(state.to_dict())
             return
         g = layout.pack(gradients).to(own.dtype)
-        h = None if seconds is None else layout.pack(seconds).to(own.dtype)
+        h = None
+        if seconds is not None:  # what is combined already has nothing to add
+            present = [torch.zeros_like(p) if s is None else s for p, s in zip(params, seconds, strict=True)]
+            h = layout.pack(present).to(own.dtype)
         rows = layout.pack(params).to(own.dtype)
         updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=total_steps)
         holder.update(state.to_dict())
         for p, update in zip(params, layout.unpack(updates), strict=True):
             p.add_(update.to(p.dtype), alpha=group["lr"])
 
-    def _second_stream(self, p: Tensor) -> Tensor:
+    def _second_stream(self, p: Tensor) -> Tensor | None:
+        """The second stream of a parameter; None where the gradient is the combined one already, or missing."""
         if p.grad is None:
-            return torch.zeros_like(p)
+            return None
         if belongs_to_gradient(p):
             *_, threat_model, source = cast("Any", p).perturbed_factor_origin
             self._compare(threat_model, source)
-            return cast("Any", p).perturbed_factor_grad
+            second = cast("Any", p).perturbed_factor_grad
+            if second is not None or self._combines:
+                return second
         raise ValueError(
             message(
                 "parameters",
@@ -129,8 +136,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def record_factors(
         self, model: nn.Module, *, threat_model: ThreatModel | None = None
     ) -> AbstractContextManager[FactorRecorder]:
-        """The recorder of the second stream that this optimizer reads; see :func:`metarobust.meta_optimizers.record_factors`."""
-        return self.meta_optimizer.record_factors(model, threat_model=threat_model)
+        """The recorder of what this optimizer reads; see :func:`metarobust.meta_optimizers.record_factors`.
+
+        A rule that reads the sum g + c h alone, as an :class:`InterpretableOptimizer` does, is given it at once, in ``.grad``,
+        with the c of the step to come: one weight gradient per layer where the two streams take two.
+        """
+        coefficients: dict[Tensor, float] = {}
+        for group in self.param_groups if self._combines else ():
+            params = group["params"]
+            layout = layout_of(tuple(p.shape for p in params), False)
+            step = int(self.state[params[0]].get("step", 0)) + 1
+            found = self.meta_optimizer.combining_coefficients(layout, step=step, total_steps=group["total_steps"])
+            coefficients |= dict(zip(params, found or [], strict=True))
+        return self.meta_optimizer.record_factors(model, threat_model=threat_model, coefficients=coefficients or None)
+
+    @property
+    def _combines(self) -> bool:
+        """Whether the rule reads its streams as one sum."""
+        return isinstance(self.meta_optimizer, InterpretableOptimizer) and self.meta_optimizer.two_streams
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
         return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}

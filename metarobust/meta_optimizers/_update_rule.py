@@ -1,6 +1,6 @@
 """What the learned update rules share: the streams they read, the coefficients of the second one, the forms they take."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,7 @@ from torchopt.base import GradientTransformation
 
 from metarobust._checks import integer, require
 from metarobust.meta_optimizers._factor_gradients import FactorRecorder, record_factors
-from metarobust.meta_optimizers._layout import ROLES
+from metarobust.meta_optimizers._layout import ROLES, Layout
 from metarobust.threat_models import ThreatModel
 
 COEFFICIENT_SPEED = 8.0
@@ -47,10 +47,18 @@ class UpdateRule(nn.Module):
         return self.gradient_source != "gradient"
 
     def record_factors(
-        self, model: nn.Module, *, threat_model: ThreatModel | None = None
+        self,
+        model: nn.Module,
+        *,
+        threat_model: ThreatModel | None = None,
+        coefficients: Mapping[Tensor, float] | None = None,
     ) -> AbstractContextManager[FactorRecorder]:
         """:func:`record_factors` with this rule's gradient source."""
-        return record_factors(model, threat_model=threat_model, source=self.gradient_source)
+        return record_factors(model, threat_model=threat_model, source=self.gradient_source, coefficients=coefficients)
+
+    def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:
+        """c of each tensor in a step (from 1), for a rule that reads its streams as g + c h alone; None for others."""
+        return None
 
     def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
         """This rule as a TorchOpt ``GradientTransformation``, for its wrappers, chains, clipping and schedules.

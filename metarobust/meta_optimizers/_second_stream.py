@@ -1,0 +1,80 @@
+"""What every parameter's second stream is summed from: one term per layer call, of either source."""
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from torch import Tensor
+
+from metarobust._tensors import per_example
+from metarobust.meta_optimizers import _adversarial_estimate as estimate
+from metarobust.meta_optimizers._layer_calls import (
+    LAYERS,
+    Factors,
+    LayerCall,
+    Mix,
+    activation_scale,
+    weight_gradient,
+    worst_case_of_input,
+)
+from metarobust.threat_models import ThreatModel
+
+MixOf = Callable[[Tensor, LayerCall | None], Mix]
+"""How a parameter's term is mixed; with the call for the weight that the call was made with."""
+Terms = Iterator[tuple[Tensor, Tensor]]
+
+
+def scaled_terms(factors: list[Factors], wanted: set[int], threat_model: ThreatModel, mix_of: MixOf) -> Terms:
+    """Every wanted weight with its gradient under the scaled worst move of its inputs."""
+    for call, input_gradient, output_gradient in factors:
+        if id(call.weight) not in wanted:
+            continue
+        mix = mix_of(call.weight, call)
+        if call.first:
+            move = worst_case_of_input(call, input_gradient, threat_model)
+            yield call.weight, weight_gradient(call, mix.of(call.inputs, move), output_gradient)
+            continue
+        direction = threat_model.ascent_direction(input_gradient)
+        scale = activation_scale(call.inputs, threat_model.norm, getattr(call.layer, "copies", 1))
+        if mix.clean:
+            move = direction * (per_example(scale, direction) if len(scale) > 1 else scale)
+            yield call.weight, weight_gradient(call, mix.of(call.inputs, move), output_gradient)
+            continue
+        # The activation scale is one number per copy: it is cheaper on the weight gradient than on the activations.
+        scale = mix.change * scale
+        h = weight_gradient(call, direction, output_gradient)
+        yield call.weight, h * (per_example(scale, h) if len(scale) > 1 else scale)
+
+
+def estimated_terms(
+    factors: list[Factors],
+    wanted: set[int],
+    threat_model: ThreatModel,
+    mix_of: MixOf,
+    *,
+    logits: Tensor,
+    logit_gradients: Tensor,
+) -> Terms:
+    """Every wanted parameter of a recorded layer with the estimated change of its gradient."""
+    moves = {f.call: worst_case_of_input(f.call, f.input_gradient, threat_model) for f in factors if f.call.first}
+    gradients = [f.input_gradient for f in factors if f.call.first]
+    rise = estimate.first_order_rise(list(moves.values()), gradients)
+    change = estimate.predicted_change(logits, logit_gradients, rise)
+    more = change.ratio - 1
+    for call, input_gradient, output_gradient in factors:
+        bias = cast("Tensor | None", call.layer.bias)
+        if bias is not None and id(bias) in wanted:
+            weights = mix_of(bias, None).change * more
+            yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, weights).to(bias.dtype)
+        if id(call.weight) not in wanted:  # frozen, or a normalisation without a gain
+            continue
+        mix = mix_of(call.weight, call)
+        if call.first:
+            changed = estimate.changed_input(call.inputs, moves[call], change, mix)
+            yield call.weight, weight_gradient(call, changed, output_gradient)
+        elif isinstance(call.layer, LAYERS):
+            changed = estimate.changed_factor(call.inputs, input_gradient, rise, change, threat_model.norm, mix)
+            yield call.weight, weight_gradient(call, changed, output_gradient)
+        else:
+            gain = output_gradient * estimate.normalized(call.layer, call.inputs)
+            h = estimate.summed_like(call.weight.shape, call.layer, gain, mix.change * more)
+            yield call.weight, h.to(call.weight.dtype)
