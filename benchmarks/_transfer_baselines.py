@@ -151,7 +151,7 @@ def baselines(threat_model: Any, *, small: bool) -> dict[str, list[Candidate]]:
     settings = [({"lr": lr, "falling": falling}, adam(lr, falling=falling)) for lr, falling in attack_rates]
     fgsm = PGD(threat_model=threat_model, steps=1, step_size=1.25 * threat_model.epsilon)
     pgd = PGD(threat_model=threat_model, steps=5)
-    # The learned rule's step is 4/3 of a pass, FGSM training's 5/3, free training's 1.
+    # As many passes as the learned rule takes, 4/3 of the target's steps: a step of FGSM training takes 5/3, of free training 1.
     found["FGSM training, equal passes"] = [
         Candidate(s, rule, (0.8,), 5 / 3, options={"training_attack": fgsm}) for s, rule in settings
     ]

@@ -161,9 +161,9 @@ RULES: dict[str, tuple[float, Rule]] = {
     "balanced, gradient": (1.0, estimated("gradient")),
     "balanced, relative": (1.0, estimated("relative")),
     "balanced, relative, normalisations too": (1.0, estimated("relative", gains=True)),
-    "estimate, the prediction unchanged": (4 / 3, library(ratio=False)),
-    "estimate, moves not shortened": (4 / 3, library(shortened=False)),
-    "estimate": (4 / 3, library()),
+    "estimate, the prediction unchanged": (1.0, library(ratio=False)),
+    "estimate, moves not shortened": (1.0, library(shortened=False)),
+    "estimate": (1.0, library()),
     "FGSM training, random start": (5 / 3, adversarial(1, step_size=1.25 * BALL.epsilon)),
     "PGD-5 training": (13 / 3, adversarial(5)),
 }

@@ -8,8 +8,9 @@ Every target is a network and a number of training images. Each method trains on
 images; its settings are chosen by robust accuracy on validation images (PGD-20 on cross-entropy and on the margin), and the
 chosen one is judged once, on test images, by the standard protocol of `evaluate`. Three methods have nothing to choose: the
 shipped meta-optimizer and the two rules set by hand. A pass is one forward and one backward pass of one batch: a third each for
-the forward pass, for the gradients of activations and for those of weights. FGSM training and free training get at most the
-passes of the learned rule. Runs end up in transfer.jsonl, one line each; what is there already is not run again.
+the forward pass, for the gradients of activations and for those of weights; a rule that follows g + c h takes one pass per step,
+with the combined gradient of `record_factors`. FGSM training and free training get as many passes as the learned rule. Runs end
+up in transfer.jsonl, one line each; what is there already is not run again.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, lo
 from metarobust.evaluation import evaluate
 from metarobust.meta_optimizers import (
     ClassificationTask,
+    InterpretableOptimizer,
     LSTMOptimizer,
     MetaTrainingSettings,
     meta_train,
@@ -45,11 +47,13 @@ from metarobust.threat_models import ThreatModel
 
 ESTIMATE = "gradient+adversarial_estimate"
 SHIPPED = "robust-small-v1"
+ONE_PASS = (4 / 3,)
+"""Steps, as a share of the target's, of a rule that takes one pass per step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A network, its training images, and the number of steps that the learned rule gets."""
+    """A network, its training images, and the steps of PGD training; the learned rule gets 4/3 of them."""
 
     data: str
     build: Callable[[], nn.Module]
@@ -119,8 +123,9 @@ def learned(name: str) -> list[Candidate]:
     """A meta-optimizer that came with the package or lies in a file: nothing to choose."""
     rule = load_optimizer(name)
     options = {"source": rule.gradient_source} if rule.two_streams else {}
-    passes = 4 / 3 if rule.two_streams else 1.0
-    return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), (1.0,), passes, options=options)]
+    passes = 4 / 3 if rule.two_streams and not isinstance(rule, InterpretableOptimizer) else 1.0
+    steps = ONE_PASS if passes == 1.0 else (1.0,)
+    return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), steps, passes, options=options)]
 
 
 def train_paper_code(path: Path) -> None:
@@ -142,13 +147,13 @@ def train_paper_code(path: Path) -> None:
 
 def candidates(target: Target, extra: dict[str, str]) -> dict[str, list[Candidate]]:
     """Every method with the settings it may choose from, at least one."""
-    estimated = {"source": ESTIMATE}
+    estimated, scaled = {"source": ESTIMATE}, {"source": "gradient+perturbed_factors"}
     threat_model = ThreatModel(epsilon=target.epsilon)
     return {
         SHIPPED: learned(SHIPPED),
         **{name: learned(file) for name, file in extra.items()},
-        "estimate, by hand": [Candidate({}, hand_set(1.0, 1.0, falling=True), (1.0,), 4 / 3, options=estimated)],
-        "scaled factors, by hand": [Candidate({}, hand_set(1.5, 0.15, falling=False), (1.0,), 4 / 3)],
+        "estimate, by hand": [Candidate({}, hand_set(1.4, 1.4, falling=True), ONE_PASS, options=estimated)],
+        "scaled factors, by hand": [Candidate({}, hand_set(1.5, 0.15, falling=False), ONE_PASS, options=scaled)],
         **baselines(threat_model, small=target.short_grid),
     }
 
@@ -159,7 +164,7 @@ def task_for(target: Target, candidate: Candidate, seeds: int) -> Classification
     threat_model = ThreatModel(epsilon=target.epsilon)
     draws = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     subsets = [LowDataTasks(dataset=pool, examples=target.examples).sample_indices(draw) for draw in draws]
-    two_streams = candidate.passes == 4 / 3
+    two_streams = "source" in candidate.options
     return candidate.kind(
         build=target.build,
         dataset=pool,
