@@ -134,6 +134,10 @@ def test_errors_say_what_to_write() -> None:
         with pytest.raises(ValueError, match=r"coefficients must be None for both streams.*recorder\.backward\(loss\)"):
             recorder.gradients(loss)
         recorder.backward(loss)
+    optimizer = InterpretableOptimizer().torch_optimizer(model.parameters(), total_steps=3)
+    refused = pytest.raises(ValueError, match=r"a block that calls recorder\.backward\(loss\).*does not reach the weights")
+    with refused, optimizer.record_factors(model, threat_model=BALL):
+        F.cross_entropy(model(x.float()), y).backward()
     optimizer = LSTMOptimizer().torch_optimizer(model.parameters(), total_steps=3)
     with pytest.raises(ValueError, match=r"optimizer\.record_factors"):
         optimizer.step()

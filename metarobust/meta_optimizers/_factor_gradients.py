@@ -56,6 +56,7 @@ class FactorRecorder:
         self._calls: list[LayerCall] = []
         self._hidden: dict[nn.Module, Tensor] = {}
         self._logits: Tensor | None = None
+        self._read = False
         self._normalized: tuple[Normalize, Tensor] | None = None
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -143,14 +144,15 @@ class FactorRecorder:
             "call recorder.backward(loss)",
         )
         targets = tuple(p for p in self.model.parameters() if p.requires_grad) if parameters is None else tuple(parameters)
-        gradients, perturbed = self._differentiate(loss, targets, create_graph=create_graph)
-        zeros = (torch.zeros_like(p) for p in targets)
-        return FactorGradients(loss, gradients, tuple(perturbed.get(id(p), zero) for p, zero in zip(targets, zeros, strict=True)))
+        found, added = self._differentiate(loss, targets, create_graph=create_graph)
+        gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(targets, found, strict=True))
+        return FactorGradients(loss, gradients, tuple(added[id(p)] if id(p) in added else torch.zeros_like(p) for p in targets))
 
     def _differentiate(
         self, loss: Tensor, targets: Sequence[Tensor], *, create_graph: bool = False
-    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """The gradients by the targets, and by the id of a target what its layers' factors add to them."""
+    ) -> tuple[tuple[Tensor | None, ...], dict[int, Tensor]]:
+        """Autograd's gradients by the targets, and by the id of a target what its layers' factors give."""
+        self._read = True
         require(loss.dim() == 0, "loss", "a scalar", f"shape {list(loss.shape)}", "write loss.mean()")
         require(
             bool(self._calls),
@@ -162,7 +164,6 @@ class FactorRecorder:
         edges = [edge for call in self._calls for edge in (call.input_edge, call.output_edge)]
         logits = [] if self._logits is None else [get_gradient_edge(self._logits)]
         found = torch.autograd.grad(loss, cast("Any", [*targets, *logits, *edges]), create_graph=create_graph, allow_unused=True)
-        gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(targets, found[: len(targets)], strict=True))
         begin = len(targets) + len(logits)
         pairs = zip(self._calls, found[begin::2], found[begin + 1 :: 2], strict=True)
         factors = [Factors(call, a, d) for call, a, d in pairs if a is not None and d is not None]
@@ -180,7 +181,7 @@ class FactorRecorder:
             for p, h in terms:
                 before = perturbed.get(id(p))
                 perturbed[id(p)] = h if before is None else before + h  # a shared weight sums its calls
-        return gradients, perturbed
+        return found[: len(targets)], perturbed
 
     def backward(self, loss: Tensor) -> None:
         """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``.
@@ -189,8 +190,8 @@ class FactorRecorder:
         """
         targets = [p for p in self.model.parameters() if p.requires_grad]
         if self.coefficients is not None:
-            gradients, added = self._differentiate(loss, targets)
-            gradients = [g + added[id(p)] if id(p) in added else g for p, g in zip(targets, gradients, strict=True)]
+            found, added = self._differentiate(loss, targets)
+            gradients = [_sum(p, g, added.get(id(p))) for p, g in zip(targets, found, strict=True)]
             if isinstance(self.model, DistributedDataParallel):
                 gradients = [g / processes() for g in summed(gradients)]
             for p, g in zip(targets, gradients, strict=True):
@@ -215,6 +216,11 @@ class FactorRecorder:
         if self.coefficients is None:
             return Mix(0.0, 1.0)
         return Mix(1.0 if call is not None and call.hidden else 0.0, self.coefficients.get(id(p), 0.0))
+
+
+def _sum(p: Tensor, *parts: Tensor | None) -> Tensor:
+    present = [part for part in parts if part is not None]
+    return torch.zeros_like(p) if not present else present[0] if len(present) == 1 else present[0] + present[1]
 
 
 def belongs_to_gradient(p: Tensor, *, unchanged: bool = False) -> bool:
@@ -289,6 +295,15 @@ def record_factors(
     try:
         with around:
             yield recorder
+        if coefficients is not None and recorder._calls and not recorder._read:
+            raise ValueError(
+                message(
+                    "record_factors",
+                    "a block that calls recorder.backward(loss)",
+                    "a block without it",
+                    "loss.backward() does not reach the weights of watched layers; write recorder.backward(loss) in the block",
+                )
+            )
     finally:
         for hook in hooks:
             hook.remove()
