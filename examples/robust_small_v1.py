@@ -3,10 +3,10 @@
     uv run python examples/robust_small_v1.py [--quick] [--variant robust] [--seed 0]
     uv run torchrun --nproc-per-node 2 examples/robust_small_v1.py     # the settings of a generation shared by two processes
 
-Fourteen numbers of an `InterpretableOptimizer` are searched: learning rate, its slope and its power of the fan-in, weight decay,
-L1 on the first layer, the coefficients of the estimated adversarial gradient in first, inner and last layers and in biases and
-normalisations, with their slopes, and a factor on these in networks with normalisation. A generation trains six networks with
-sixteen settings each. Two controls learn alike: "clean" is judged on clean examples, "one-stream" reads the gradient alone.
+Eight numbers of an `InterpretableOptimizer` are searched: learning rate, its slope and its power of the fan-in, the coefficients
+of the estimated adversarial gradient in first, inner and last layers and in biases and normalisations, and a factor on these in
+networks with normalisation. A generation trains five networks with sixteen settings each. Two controls learn alike: "clean" is
+judged on clean examples, "one-stream" reads the gradient alone.
 """
 
 import argparse
@@ -24,12 +24,22 @@ from metarobust.models import cnn, mlp, residual_network
 from metarobust.threat_models import ThreatModel
 
 ARCHITECTURES = {
-    "mlp 64-48-10": partial(mlp, [64, 48, 10]),
-    "mlp 64-32-32-10": partial(mlp, [64, 32, 32, 10]),
-    "cnn 4-8": partial(cnn, [4, 8]),
+    "mlp 64-96-10": partial(mlp, [64, 96, 10]),
+    "mlp 64-48-48-10": partial(mlp, [64, 48, 48, 10]),
     "cnn 6-12": partial(cnn, [6, 12]),
     "cnn 4-8-8": partial(cnn, [4, 8, 8]),
     "residual network 8-16": partial(residual_network, (8, 16)),
+}
+
+KNOBS = {
+    "learning rate": 0.25,
+    "learning rate, slope": 0.4,
+    "learning rate, fan-in": 0.15,
+    "factor, first": 0.2,
+    "factor, inner": 0.2,
+    "factor, last": 0.2,
+    "factor, biases and normalisations": 0.3,
+    "factor, networks with normalisation": 0.3,
 }
 
 
@@ -41,7 +51,9 @@ def margin_attack(threat_model: ThreatModel, *, steps: int = 10) -> PGD:
 def starting_point(source: str) -> InterpretableOptimizer:
     """Adam with a falling learning rate on g + h, by hand."""
     rule = InterpretableOptimizer(gradient_source=source)
-    rule.turn({"learning rate, slope": -1.0, "weight decay": math.log(10), "l1, first": math.log(10)})
+    rule.turn(
+        {"learning rate": math.log(0.7), "learning rate, slope": -1.0, "weight decay": math.log(10), "l1, first": math.log(10)}
+    )
     if rule.two_streams:
         rule.shift_factor_coefficients(first=1.4, others=1.4)
         rule.turn({"factor, networks with normalisation": math.log(0.7)})
@@ -61,13 +73,13 @@ def main() -> None:
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     source = "gradient" if arguments.variant == "one-stream" else "gradient+adversarial_estimate"
     tasks = TaskDistribution(
-        architectures=ARCHITECTURES if not arguments.quick else {"mlp 64-48-10": ARCHITECTURES["mlp 64-48-10"]},
+        architectures=ARCHITECTURES if not arguments.quick else {"mlp 64-96-10": ARCHITECTURES["mlp 64-96-10"]},
         datasets={"digits": digits_pools(0).meta_train},
         examples=(100, 200),
         epsilon=(0.05, 0.15),
         source=None if source == "gradient" else source,
         attack=None if arguments.variant == "clean" else margin_attack,
-        copies=2 if arguments.quick else 4,
+        copies=2 if arguments.quick else 6,
     )
 
     def report(generation: int, found: Generation) -> None:
@@ -79,17 +91,20 @@ def main() -> None:
     meta_search(
         rule,
         tasks.one_of_each,
+        knobs={name: spread for name, spread in KNOBS.items() if name in rule.knobs()},
         generations=2 if arguments.quick else 7,
         population=4 if arguments.quick else 16,
         elite=2 if arguments.quick else 5,
-        total_steps=(20, 40) if arguments.quick else (150, 450),
+        total_steps=(20, 40) if arguments.quick else (200, 550),
         clean_weight=0.25,
+        final_draws=1 if arguments.quick else 4,
         seed=arguments.seed,
         checkpoint=None if arguments.quick else arguments.out.with_suffix(".search"),
         report=report,
     )
     if first:
         print(rule.table())
+        print(f"on tasks that the search did not see: {rule.record['final_scores']}, kept: {rule.record['kept']}")
         print(f"wrote {save(rule, arguments.out)}")
     if distributed.is_initialized():
         distributed.destroy_process_group()

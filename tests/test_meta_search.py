@@ -17,6 +17,7 @@ from metarobust.meta_optimizers import (
     InterpretableOptimizer,
     LSTMOptimizer,
     TaskDistribution,
+    _search,
     load,
     meta_search,
     meta_train,
@@ -125,6 +126,10 @@ def test_knobs_turn_what_their_names_say() -> None:
         assert told["factor"] == pytest.approx(0.5 - slope * 2 / 3, abs=1e-5)
     assert rule.coefficients(role="bias", fan_in=64, time=0.5)["factor"] == pytest.approx(-0.4, abs=1e-5)
     assert rule.coefficients(role="inner dense", fan_in=64, time=0.5)["l1"] == pytest.approx(1e-6, rel=1e-3)
+    rates = {n: rule.coefficients(role="inner dense", fan_in=n, time=0.5)["adam"] for n in (64, 256)}
+    rule.turn({"learning rate, fan-in": -0.5})
+    assert rule.coefficients(role="inner dense", fan_in=64, time=0.5)["adam"] == pytest.approx(rates[64], rel=1e-5)
+    assert rule.coefficients(role="inner dense", fan_in=256, time=0.5)["adam"] == pytest.approx(rates[256] / 2, rel=1e-4)
     factor = rule.coefficients(role="first dense", fan_in=64, time=0.5)["factor"]
     rule.turn({"factor, networks with normalisation": -0.5})
     assert rule.coefficients(role="first dense", fan_in=64, time=0.5)["factor"] == factor
@@ -168,9 +173,37 @@ def test_an_interrupted_search_leaves_the_rule_and_goes_on_bit_by_bit(tmp_path: 
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert resumed.record["threat_models"] == straight.record["threat_models"]
-    assert load(save(resumed, tmp_path / "rule.safetensors")).record["knobs"] == history[-1].knobs
+    record = load(save(resumed, tmp_path / "rule.safetensors")).record
+    assert record["kept"] == ("end" if record["final_scores"]["end"] > record["final_scores"]["start"] else "start")
+    assert record["knobs"] == (history[-1].knobs if record["kept"] == "end" else dict.fromkeys(history[-1].knobs, 0.0))
     with pytest.raises(ValueError, match=r"clean_weight=0.5 there and 2.0 here"):
         search(fresh(), tmp_path / "search", clean_weight=2.0)
+
+
+def test_an_end_that_is_no_better_on_new_tasks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are drawn anew for the comparison, and both ends are judged on the same ones."""
+    drawn: list[list[int]] = []
+    score = _search._score
+
+    def watched(rule: InterpretableOptimizer, tasks: Any, settings: Any) -> float:
+        drawn.append([int(task.subsets.sum()) for task, _ in tasks])
+        return score(rule, tasks, settings) if len(drawn) <= 12 else float(all(p.abs().max() == 0 for p in rule.parameters()))
+
+    monkeypatch.setattr(_search, "_score", watched)
+    rule = fresh()
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.zero_()
+    history = search(rule, final_draws=2)
+    assert len(drawn) == 3 * 4 + 2 * 2
+    assert drawn[12] == drawn[13]
+    assert drawn[14] == drawn[15]
+    assert all(tasks not in drawn[:12] for tasks in drawn[12:])
+    assert all(p.abs().max() == 0 for p in rule.parameters())
+    assert rule.record["final_scores"] == {"start": 1.0, "end": 0.0}
+    assert rule.record["kept"] == "start"
+    assert set(rule.record["knobs"].values()) == {0.0}
+    assert any(history[-1].knobs.values())
 
 
 def test_the_search_finds_a_learning_rate() -> None:
@@ -187,6 +220,8 @@ def test_the_search_finds_a_learning_rate() -> None:
         report=lambda *_: None,
     )
     assert history[-1].mean > history[0].best + 0.05
+    assert rule.record["final_scores"]["end"] > rule.record["final_scores"]["start"] + 0.05
+    assert rule.record["kept"] == "end"
     assert rule.coefficients(role="inner dense", fan_in=64, time=0.5)["adam"] > 3e-4
 
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class MetaSearchSettings:
     elite: int
     total_steps: tuple[int, int]
     clean_weight: float
+    final_draws: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -48,6 +50,7 @@ class MetaSearchSettings:
         integer("total_steps", low, least=1)
         require(high >= low, "total_steps", "a pair (least, most)", self.total_steps)
         finite("clean_weight", self.clean_weight, least=0.0)
+        integer("final_draws", self.final_draws, least=0)
         integer("seed", self.seed, least=0)
 
 
@@ -70,6 +73,7 @@ def meta_search(
     elite: int = 5,
     total_steps: tuple[int, int] = (150, 450),
     clean_weight: float = 0.5,
+    final_draws: int = 3,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     report: Callable[[int, Generation], None] | None = None,
@@ -80,7 +84,8 @@ def meta_search(
     draws tasks and, from a normal distribution per knob, ``population - 1`` settings beside the present mean; trains every task
     with every setting, all under the same randomness; and moves mean and spread towards those of the ``elite`` settings whose
     score (robust accuracy plus ``clean_weight`` times clean accuracy, on judging examples, mean over tasks) is highest
-    (Rubinstein, 1999). The optimizer ends at the mean, which no single lucky score decides.
+    (Rubinstein, 1999). The optimizer ends at the mean, which no single lucky score decides, if that is better than its start on
+    tasks that the search has not seen; else it stays where it was. Both scores are in its record.
 
     Several processes. Where ``torch.distributed`` is initialised, each process calls this with the same arguments; they share
     the settings of a generation and end with the same numbers. Rank 0 writes the checkpoint.
@@ -95,6 +100,7 @@ def meta_search(
         elite: settings that the next round is drawn around.
         total_steps: least and most optimizee steps of a task, drawn log-uniformly.
         clean_weight: what a point of clean accuracy counts beside a point of robust accuracy.
+        final_draws: how often tasks are drawn to compare the end with the start; 0 to take the end unseen.
         seed: of all randomness here.
         checkpoint: file that mean and spread go to after each generation, atomically; when it exists, the search goes on from
             it and ends with the same numbers as without a stop.
@@ -109,6 +115,7 @@ def meta_search(
         elite=elite,
         total_steps=total_steps,
         clean_weight=clean_weight,
+        final_draws=final_draws,
         seed=seed,
     )
     if not isinstance(meta_optimizer, InterpretableOptimizer):
@@ -159,19 +166,44 @@ def meta_search(
                     report(len(history), history[-1])
                 if path is not None and rank() == 0:
                     _write(path, identity, mean, spread, history, threat_models)
-        move(mean)
+        ends = {"start": torch.zeros_like(mean), "end": mean}
+        final = _compared(meta_optimizer, sample_tasks, settings, {name: partial(move, by) for name, by in ends.items()})
+        kept = "start" if final and final["start"] >= final["end"] else "end"
+        move(ends[kept])
     except BaseException:
         move(torch.zeros_like(mean))  # an interrupt leaves the rule as it was; the checkpoint has the progress
         raise
     meta_optimizer.record = {
         "meta_search": identity,
-        "knobs": dict(zip(spreads, mean.tolist(), strict=True)),
+        "knobs": dict(zip(spreads, ends[kept].tolist(), strict=True)),
+        "final_scores": final,
+        "kept": kept,
         "scores": [generation.mean for generation in history],
         "threat_models": threat_models,
         "metarobust": __version__,
         "torch": torch.__version__,
     }
     return history
+
+
+def _compared(
+    rule: InterpretableOptimizer,
+    sample_tasks: SampleTasks,
+    settings: MetaSearchSettings,
+    ways: Mapping[str, Callable[[], None]],
+) -> dict[str, float]:
+    """Mean score of each way to set the rule, on tasks of their own."""
+    rows = [(way, number) for number in range(settings.final_draws) for way in ways]
+    scores = torch.zeros(len(rows), dtype=torch.float64)
+    for i in range(rank(), len(rows), processes()):
+        way, number = rows[i]
+        draw = torch.Generator().manual_seed(1_000_003 * settings.seed + settings.generations + number)
+        tasks = [(task, _steps(settings.total_steps, draw)) for task in sample_tasks(draw)]
+        ways[way]()
+        scores[i] = _score(rule, tasks, settings)
+    (scores,) = summed([scores])
+    found = {way: [s for (name, _), s in zip(rows, scores.tolist(), strict=True) if name == way] for way in ways}
+    return {way: sum(values) / len(values) for way, values in found.items() if values}
 
 
 def _steps(total_steps: tuple[int, int], draw: torch.Generator) -> int:
