@@ -33,7 +33,6 @@ from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, lo
 from metarobust.evaluation import evaluate
 from metarobust.meta_optimizers import (
     ClassificationTask,
-    InterpretableOptimizer,
     LSTMOptimizer,
     MetaTrainingSettings,
     meta_train,
@@ -123,7 +122,7 @@ def learned(name: str) -> list[Candidate]:
     """A meta-optimizer that came with the package or lies in a file: nothing to choose."""
     rule = load_optimizer(name)
     options = {"source": rule.gradient_source} if rule.two_streams else {}
-    passes = 4 / 3 if rule.two_streams and not isinstance(rule, InterpretableOptimizer) else 1.0
+    passes = 4 / 3 if rule.two_streams and not rule.adds_streams else 1.0
     steps = ONE_PASS if passes == 1.0 else (1.0,)
     return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), steps, passes, options=options)]
 

@@ -132,6 +132,11 @@ class InterpretableOptimizer(UpdateRule):
             pieces.append(-(rate * direction + drift * slow + decay * weight + shrink * F.softsign(reach * weight)))
         return torch.cat(pieces, dim=1), InterpretableState(momentum, square, state.step + 1)
 
+    @property
+    def adds_streams(self) -> bool:
+        """Whether there are two streams; it follows g + c h and nothing else."""
+        return self.two_streams
+
     @torch.no_grad()
     def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:
         """c of each tensor in a step, from 1."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
 from metarobust.meta_optimizers._factor_gradients import FactorRecorder, belongs_to_gradient
-from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.meta_optimizers._training_record import covers
@@ -108,7 +107,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             *_, threat_model, source = cast("Any", p).perturbed_factor_origin
             self._compare(threat_model, source)
             second = cast("Any", p).perturbed_factor_grad
-            if second is not None or self._combines:
+            if second is not None or self.meta_optimizer.adds_streams:
                 return second
         raise ValueError(
             message(
@@ -142,18 +141,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         with the c of the step to come: one weight gradient per layer where the two streams take two.
         """
         coefficients: dict[Tensor, float] = {}
-        for group in self.param_groups if self._combines else ():
+        for group in self.param_groups if self.meta_optimizer.adds_streams else ():
             params = group["params"]
             layout = layout_of(tuple(p.shape for p in params), False)
             step = int(self.state[params[0]].get("step", 0)) + 1
             found = self.meta_optimizer.combining_coefficients(layout, step=step, total_steps=group["total_steps"])
             coefficients |= dict(zip(params, found or [], strict=True))
         return self.meta_optimizer.record_factors(model, threat_model=threat_model, coefficients=coefficients or None)
-
-    @property
-    def _combines(self) -> bool:
-        """Whether the rule reads its streams as one sum."""
-        return isinstance(self.meta_optimizer, InterpretableOptimizer) and self.meta_optimizer.two_streams
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
         return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}

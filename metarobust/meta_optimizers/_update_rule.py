@@ -46,6 +46,11 @@ class UpdateRule(nn.Module):
         """Whether the rule reads a second gradient stream."""
         return self.gradient_source != "gradient"
 
+    @property
+    def adds_streams(self) -> bool:
+        """Whether it reads two streams as one sum g + c h, which `record_factors` makes for one pass per step in place of 4/3."""
+        return False
+
     def record_factors(
         self,
         model: nn.Module,
