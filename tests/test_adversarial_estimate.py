@@ -237,6 +237,22 @@ def test_bfloat16_autocast_and_half_parameters() -> None:
         assert F.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.95
 
 
+def test_a_branch_without_gradient_gives_no_second_stream_in_half_precision() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mlp([64, 5, 6, 10]), batch()
+    first, _, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        last.weight[:, 3:] = 0
+        first.bias[:] = 1
+    with torch.autocast("cpu", dtype=torch.float16):
+        _, g, h = streams(model, x.float(), y)
+        with torch.no_grad():
+            last.weight.zero_()
+        _, dead, nothing = streams(model, x.float(), y)
+    assert all(t.isfinite().all() for t in (*g, *h, *dead, *nothing))
+    assert h[2][:3].abs().max() > 0
+
+
 def test_a_compiled_model_runs_eagerly_while_it_is_watched() -> None:
     torch.manual_seed(0)
     model = mlp([64, 5, 10]).double()

@@ -1,14 +1,16 @@
 """The combined gradient g + c h from one weight gradient per layer: the two streams added, in every use a weight can have."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer, factor_gradients, record_factors
-from metarobust.models import Normalize, cnn, mlp, residual_network
+from metarobust.models import Normalize, cnn, mlp, residual_network, stack
 from metarobust.threat_models import ThreatModel
 
 SOURCES = ("gradient+perturbed_factors", "gradient+adversarial_estimate")
@@ -69,9 +71,13 @@ def test_it_is_the_sum_of_the_streams(name: str, source: str, norm: str) -> None
             recorder.backward(F.cross_entropy(model(x), y))
     assert all(a is b for a, b in zip(weights, model.parameters(), strict=True)), "the model's own parameters are back"
     for p, clean, change in zip(weights, g, h, strict=True):
-        expected = 2 * (clean + given.get(p, 0.0) * change)
         assert p.grad is not None
-        torch.testing.assert_close(p.grad, expected, rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(p.grad, 2 * (clean + given.get(p, 0.0) * change), rtol=1e-6, atol=1e-10)
+        second = p.perturbed_factor_grad  # type: ignore[attr-defined]
+        if p in given:
+            assert second is None
+        else:
+            torch.testing.assert_close(second, 2 * change, rtol=1e-6, atol=1e-10)
     assert any((given.get(p, 0.0) * change).abs().max() > 1e-5 for p, change in zip(weights, h, strict=True))
 
 
@@ -118,13 +124,131 @@ def test_frozen_weights_and_looks_without_gradients() -> None:
     torch.testing.assert_close(last.weight.grad, g[1] + h[1])
 
 
-def test_a_failing_forward_pass_gives_the_weight_back() -> None:
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_forward_pass_gives_the_weight_back(failure: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp([64, 5, 10])
     weights = list(model.parameters())
-    with record_factors(model, threat_model=BALL, coefficients=coefficients_of(model)), pytest.raises(RuntimeError):
-        model(torch.rand(2, 1, 7, 7))
+
+    def fail(*args: Tensor) -> Tensor:
+        raise failure
+
+    monkeypatch.setattr(F, "linear", fail)
+    with pytest.raises(failure), record_factors(model, threat_model=BALL, coefficients=coefficients_of(model)):
+        model(torch.rand(2, 1, 8, 8))
     assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_copies_side_by_side(source: str) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = stack([cnn([3, 4]) for _ in range(3)]).double(), batch()
+    x, y = x[:6], y[:6]
+    given = coefficients_of(model)
+    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
+    with record_factors(model, threat_model=BALL, source=source, coefficients=given) as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    for p, clean, change in zip(model.parameters(), g, h, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, clean + given.get(p, 0.0) * change, rtol=1e-6, atol=1e-10)
+
+
+def test_hooks_and_patched_layers_mean_what_they_mean_to_autograd() -> None:
+    """With c = 0 everywhere the combined gradient is the plain one, whatever a user hangs on layers and weights."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Flatten(), *(nn.Linear(64 if i == 0 else 8, 8) for i in range(5))).double(), batch()
+    penalties: list[Tensor] = []
+    doubled, penalised, clipped, patched, _ = list(model)[1:]
+    assert isinstance(patched, nn.Linear)
+    doubled.register_forward_hook(lambda layer, args, out: cast("Tensor", out) * 2)
+    assert isinstance(penalised, nn.Linear)
+    penalised.register_forward_hook(lambda layer, args, out: penalties.append(penalised.weight.square().sum()))
+    cast("Tensor", clipped.weight).register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    patched.forward = lambda a: F.linear(a, patched.weight / patched.weight.norm(), patched.bias)  # type: ignore[method-assign]
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y % 8) + penalties[-1]
+
+    expected = torch.autograd.grad(loss(), list(model.parameters()))
+    given: dict[Tensor, float] = dict.fromkeys(model.parameters(), 0.0)
+    with record_factors(model, threat_model=BALL, coefficients=given) as recorder:
+        recorder.backward(loss())
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize("combined", [True, False])
+@pytest.mark.parametrize("source", SOURCES)
+def test_checkpointed_layers_are_watched_once(source: str, combined: bool) -> None:
+    torch.manual_seed(0)
+    plain, (x, y) = cnn([3, 4]).double(), batch()
+    layers = cast("nn.Sequential", plain)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast("Tensor", checkpoint(self.inner, x, use_reentrant=False))
+
+    found = []
+    for model in (plain, Checkpointed()):
+        model.zero_grad()
+        given: dict[Tensor, float] = dict.fromkeys(model.parameters(), 1.5)
+        with record_factors(model, threat_model=BALL, source=source, coefficients=given if combined else None) as recorder:
+            recorder.backward(F.cross_entropy(model(x), y))
+        found.append([(p.grad, getattr(p, "perturbed_factor_grad", None)) for p in model.parameters()])
+    for (g, h), (again, h_again) in zip(*found, strict=True):
+        torch.testing.assert_close(g, again)
+        assert (h is None) is combined
+        if h is not None:
+            torch.testing.assert_close(h, h_again)
+
+
+def test_what_was_not_recorded_anew_is_refused() -> None:
+    """Stale marks of a combined gradient never pass for a fresh one; another optimizer's part gets its own streams."""
+    torch.manual_seed(0)
+    model, (x, y) = mlp([64, 5, 10]), batch()
+    x = x.float()
+    rule = InterpretableOptimizer()
+    optimizer = rule.torch_optimizer(model.parameters(), total_steps=5)
+    with optimizer.record_factors(model, threat_model=BALL) as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match=r"optimizer\.record_factors"):
+        optimizer.step()
+    body, head = list(model.parameters())[:2], list(model.parameters())[2:]
+    mine = rule.torch_optimizer(body, total_steps=5)
+    for other in (InterpretableOptimizer(), LSTMOptimizer()):
+        theirs = other.torch_optimizer(head, total_steps=5)
+        model.zero_grad()
+        with mine.record_factors(model, threat_model=BALL) as recorder:
+            recorder.backward(F.cross_entropy(model(x), y))
+        assert all(p.perturbed_factor_grad is not None for p in head)  # type: ignore[attr-defined]
+        mine.step()
+        theirs.step()
+    with optimizer.record_factors(model, threat_model=BALL) as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    with pytest.raises(ValueError, match=r"optimizer\.record_factors"):  # that rule reads two streams apart
+        LSTMOptimizer().torch_optimizer(model.parameters(), total_steps=5).step()
+
+
+def test_streams_apart_and_combined_accumulate() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mlp([64, 5, 10]).double(), batch()
+    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL)
+    given: dict[Tensor, float] = dict.fromkeys(model.parameters(), 0.5)
+    for coefficients in (None, given, None):
+        with record_factors(model, threat_model=BALL, coefficients=coefficients) as recorder:
+            recorder.backward(F.cross_entropy(model(x), y))
+    for p, clean, change in zip(model.parameters(), g, h, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, 3 * clean + 0.5 * change)
+        torch.testing.assert_close(p.perturbed_factor_grad, 2 * change)  # type: ignore[attr-defined]
 
 
 def test_errors_say_what_to_write() -> None:
@@ -134,10 +258,24 @@ def test_errors_say_what_to_write() -> None:
         with pytest.raises(ValueError, match=r"coefficients must be None for both streams.*recorder\.backward\(loss\)"):
             recorder.gradients(loss)
         recorder.backward(loss)
-    optimizer = InterpretableOptimizer().torch_optimizer(model.parameters(), total_steps=3)
-    refused = pytest.raises(ValueError, match=r"a block that calls recorder\.backward\(loss\).*does not reach the weights")
-    with refused, optimizer.record_factors(model, threat_model=BALL):
-        F.cross_entropy(model(x.float()), y).backward()
-    optimizer = LSTMOptimizer().torch_optimizer(model.parameters(), total_steps=3)
-    with pytest.raises(ValueError, match=r"optimizer\.record_factors"):
-        optimizer.step()
+    with record_factors(model, threat_model=BALL, coefficients=coefficients_of(model)) as recorder:
+        recorder.backward(F.cross_entropy(model(x.float()), y))
+        with pytest.raises(RuntimeError, match=r"a plain backward pass.*write recorder\.backward\(loss\)"):
+            F.cross_entropy(model(x.float()), y).backward()
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 6), nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.first(x.flatten(1))
+            out = self.last(a)
+            a.mul_(2)
+            return out
+
+    changing = InPlace()
+    with record_factors(changing, threat_model=BALL, coefficients=coefficients_of(changing)) as recorder:
+        loss = F.cross_entropy(changing(x.float()), y)
+        with pytest.raises((ValueError, RuntimeError), match="in place|inplace"):
+            recorder.backward(loss)

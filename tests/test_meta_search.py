@@ -194,6 +194,7 @@ def test_an_end_that_is_no_better_on_new_tasks_is_not_taken(monkeypatch: pytest.
     with torch.no_grad():
         for p in rule.parameters():
             p.zero_()
+    rule.record = {"threat_models": {"norm": "l2"}, "meta_training": {"iterations": 3}}
     history = search(rule, final_draws=2)
     assert len(drawn) == 3 * 4 + 2 * 2
     assert drawn[12] == drawn[13]
@@ -202,6 +203,8 @@ def test_an_end_that_is_no_better_on_new_tasks_is_not_taken(monkeypatch: pytest.
     assert all(p.abs().max() == 0 for p in rule.parameters())
     assert rule.record["final_scores"] == {"start": 1.0, "end": 0.0}
     assert rule.record["kept"] == "start"
+    assert rule.record["threat_models"] == {"norm": "l2"}, "the same rule, trained for what it was trained for"
+    assert rule.record["meta_training"] == {"iterations": 3}
     assert set(rule.record["knobs"].values()) == {0.0}
     assert any(history[-1].knobs.values())
 

@@ -71,6 +71,21 @@ def test_they_equal_the_transformation(monkeypatch: pytest.MonkeyPatch, kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_state_comes_back_to_a_model_of_half_precision(kind: str) -> None:
+    rule = made(kind, "gradient").float()
+    model = nn.Linear(4, 3).to(torch.bfloat16)
+    first = rule.torch_optimizer(model.parameters(), total_steps=6)
+    second = rule.torch_optimizer(model.parameters(), total_steps=6)
+    for optimizer in (first, second):
+        optimizer.zero_grad()
+        model(torch.rand(5, 4, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+        second.load_state_dict(optimizer.state_dict())
+    second.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_lies_scattered_in_memory_takes_the_same_steps(kind: str) -> None:
     rule = made(kind, "gradient")
     together, apart = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()

@@ -112,6 +112,8 @@ def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, change: Chang
     rows = exact(gradient).flatten(1)
     slope = torch.linalg.vector_norm(rows, ord=1, dim=1) if norm == "linf" else rows.square().sum(1)
     size = mix.change * change.ratio * change.reach * rise / slope.clamp(min=_TINY)
+    largest = torch.finfo(inputs.dtype).max  # in half precision a gradient may be lost altogether
+    size = torch.where(slope > 0, size.clamp(-largest, largest), 0.0)
     return _plus_kept(size.to(inputs.dtype), gradient, inputs, change.ratio, mix, signs=norm == "linf")
 
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metarobust._checks import choice, message, require
 from metarobust._processes import processes, summed
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
+from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient, refuse, summed_parts
 from metarobust.meta_optimizers._layer_calls import LAYERS, Factors, LayerCall, Mix
 from metarobust.meta_optimizers._second_stream import estimated_terms, scaled_terms
 from metarobust.models import Normalize
@@ -56,7 +57,7 @@ class FactorRecorder:
         self._calls: list[LayerCall] = []
         self._hidden: dict[nn.Module, Tensor] = {}
         self._logits: Tensor | None = None
-        self._read = False
+        self._recording = True
         self._normalized: tuple[Normalize, Tensor] | None = None
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -73,22 +74,32 @@ class FactorRecorder:
         return (inputs.detach().requires_grad_(), *rest)
 
     def _hide_weight(self, layer: nn.Module) -> None:
-        """Run this call with a weight cut from the graph: its one gradient is made from the call's factors, not by autograd.
+        """Run this call with a stand-in for the weight: its one gradient is made from the call's factors, not by autograd.
 
-        Other uses of the weight keep theirs. A subclass may use its weight in a way of its own and is left alone.
+        Other uses of the weight keep theirs. A layer that may use its weight in a way of its own is left alone, and so is a
+        weight with hooks that wait for its gradient.
         """
         weight = layer._parameters.get("weight")
-        if self.coefficients is not None and type(layer) in LAYERS and id(weight) in self.coefficients:
-            assert weight is not None
-            if weight.requires_grad:
-                self._hidden[layer] = weight
-                layer._parameters["weight"] = cast("Any", weight.detach())
+        if self.coefficients is None or weight is None or id(weight) not in self.coefficients:
+            return
+        plain = type(layer) in LAYERS and "forward" not in vars(layer)
+        if plain and weight.requires_grad and not weight._backward_hooks:
+            stand_in = weight.detach().requires_grad_()  # like the weight, so that the same things are kept for the backward pass
+            stand_in.register_hook(refuse)
+            self._hidden[layer] = weight
+            layer._parameters["weight"] = cast("Any", stand_in)
 
-    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> None:
+    def _give_back(self, layer: nn.Module) -> bool:
+        """Put the weight of a layer back; whether it was hidden."""
         hidden = self._hidden.pop(layer, None)
         if hidden is not None:
             layer._parameters["weight"] = cast("Any", hidden)
-        inputs = args[0] if args else None
+        return hidden is not None
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> None:
+        hidden, inputs = self._give_back(layer), args[0] if args else None
+        if not self._recording:  # a checkpointed part of the model, run again on the way back
+            return
         if output is None or inputs is None or not output.requires_grad or not inputs.requires_grad:  # None: the layer failed
             return
         first = isinstance(layer, LAYERS) and (inputs.is_leaf or not self._calls)
@@ -109,11 +120,14 @@ class FactorRecorder:
                 first,
                 normalize,
                 shape,
-                hidden is not None,
+                hidden,
+                inputs._version,
             )
         )
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._recording:
+            return
         if isinstance(output, Tensor) and not output.requires_grad:
             return  # a look at the predictions, not what the loss is made of
         remedy = "open a block for each call; their streams add up"
@@ -136,13 +150,8 @@ class FactorRecorder:
             parameters: the tensors to differentiate by; default: those of the model that require a gradient.
             create_graph: keep the graph of both streams, to differentiate through them.
         """
-        require(
-            self.coefficients is None,
-            "coefficients",
-            "None for both streams",
-            "a combined gradient",
-            "call recorder.backward(loss)",
-        )
+        none, remedy = self.coefficients is None, "call recorder.backward(loss)"
+        require(none, "coefficients", "None for both streams", "a combined gradient", remedy)
         targets = tuple(p for p in self.model.parameters() if p.requires_grad) if parameters is None else tuple(parameters)
         found, added = self._differentiate(loss, targets, create_graph=create_graph)
         gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(targets, found, strict=True))
@@ -152,7 +161,6 @@ class FactorRecorder:
         self, loss: Tensor, targets: Sequence[Tensor], *, create_graph: bool = False
     ) -> tuple[tuple[Tensor | None, ...], dict[int, Tensor]]:
         """Autograd's gradients by the targets, and by the id of a target what its layers' factors give."""
-        self._read = True
         require(loss.dim() == 0, "loss", "a scalar", f"shape {list(loss.shape)}", "write loss.mean()")
         require(
             bool(self._calls),
@@ -161,12 +169,21 @@ class FactorRecorder:
             "no recorded layer call",
             "call the model inside the block, under enabled gradients",
         )
-        edges = [edge for call in self._calls for edge in (call.input_edge, call.output_edge)]
+        calls = tuple(self._calls)
+        edges = [edge for call in calls for edge in (call.input_edge, call.output_edge)]
         logits = [] if self._logits is None else [get_gradient_edge(self._logits)]
-        found = torch.autograd.grad(loss, cast("Any", [*targets, *logits, *edges]), create_graph=create_graph, allow_unused=True)
+        sources = cast("Any", [*targets, *logits, *edges])
+        self._recording = False
+        try:
+            found = torch.autograd.grad(loss, sources, create_graph=create_graph, allow_unused=True)
+        finally:
+            self._recording = True
         begin = len(targets) + len(logits)
-        pairs = zip(self._calls, found[begin::2], found[begin + 1 :: 2], strict=True)
+        pairs = zip(calls, found[begin::2], found[begin + 1 :: 2], strict=True)
         factors = [Factors(call, a, d) for call, a, d in pairs if a is not None and d is not None]
+        whole = all(call.inputs._version == call.version for call, *_ in factors)
+        remedy = "write the operation behind a layer out of place"
+        require(whole, "model", "such that a layer's input stays as the layer read it", "one changed in place", remedy)
         wanted = {id(p) for p in targets}
         perturbed: dict[int, Tensor] = {}
         with torch.set_grad_enabled(create_graph), torch.autocast(loss.device.type, enabled=False):
@@ -186,49 +203,36 @@ class FactorRecorder:
     def backward(self, loss: Tensor) -> None:
         """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``.
 
-        With coefficients, ``.grad`` is the combined gradient, and there is no second stream.
+        Parameters with a coefficient get the combined gradient in ``.grad``, and no second stream.
         """
         targets = [p for p in self.model.parameters() if p.requires_grad]
-        if self.coefficients is not None:
-            found, added = self._differentiate(loss, targets)
-            gradients = [_sum(p, g, added.get(id(p))) for p, g in zip(targets, found, strict=True)]
-            if isinstance(self.model, DistributedDataParallel):
-                gradients = [g / processes() for g in summed(gradients)]
-            for p, g in zip(targets, gradients, strict=True):
-                p.grad = g if p.grad is None else p.grad + g
-                cast("Any", p).perturbed_factor_grad = None
-                cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model, self.source)
-            return
-        _, gradients, seconds = self.gradients(loss, targets)
+        given = self.coefficients or {}
+        found, added = self._differentiate(loss, targets)
+        gradients = [
+            summed_parts(p, g, added.get(id(p)) if id(p) in given else None) for p, g in zip(targets, found, strict=True)
+        ]
+        apart = [p for p in targets if id(p) not in given]
+        seconds = [summed_parts(p, added.get(id(p))) for p in apart]
         if isinstance(self.model, DistributedDataParallel):
             gradients, seconds = ([s / processes() for s in summed(stream)] for stream in (gradients, seconds))
-        for p, g, h in zip(targets, gradients, seconds, strict=True):
+        own = {id(p): h for p, h in zip(apart, seconds, strict=True)}
+        for p, g in zip(targets, gradients, strict=True):
+            h = own.get(id(p))
             # The second stream accumulates only onto the very gradient it was filled with: after any kind of zero_grad, or a
             # plain backward in between, it starts afresh.
-            if belongs_to_gradient(p, unchanged=True) and cast("Any", p).perturbed_factor_grad is not None:
-                h = cast("Any", p).perturbed_factor_grad + h
+            before = cast("Any", p).perturbed_factor_grad if belongs_to_gradient(p, unchanged=True) else None
+            h = h if before is None else before if h is None else before + h
             p.grad = g if p.grad is None else p.grad + g
             cast("Any", p).perturbed_factor_grad = h
-            cast("Any", p).perturbed_factor_origin = (p.grad, p.grad._version, self.threat_model, self.source)
+            cast("Any", p).perturbed_factor_origin = Origin(
+                p.grad, p.grad._version, self.threat_model, self.source, id(p) in given
+            )
 
     def _mix(self, p: Tensor, call: LayerCall | None) -> Mix:
         """How much of the clean factor and of its change this parameter's term is made of."""
-        if self.coefficients is None:
+        if self.coefficients is None or id(p) not in self.coefficients:
             return Mix(0.0, 1.0)
-        return Mix(1.0 if call is not None and call.hidden else 0.0, self.coefficients.get(id(p), 0.0))
-
-
-def _sum(p: Tensor, *parts: Tensor | None) -> Tensor:
-    present = [part for part in parts if part is not None]
-    return torch.zeros_like(p) if not present else present[0] if len(present) == 1 else present[0] + present[1]
-
-
-def belongs_to_gradient(p: Tensor, *, unchanged: bool = False) -> bool:
-    """Whether the second stream of ``p`` was filled together with its present ``.grad`` (and, if asked, none changed since)."""
-    origin = getattr(p, "perturbed_factor_origin", None)
-    if origin is None or p.grad is None:
-        return False
-    return origin[0] is p.grad and (not unchanged or origin[1] == p.grad._version)
+        return Mix(1.0 if call is not None and call.hidden else 0.0, self.coefficients[id(p)])
 
 
 @contextmanager
@@ -250,14 +254,18 @@ def record_factors(
             adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and normalisations have
             one too (docs/transfer.md).
         coefficients: c by parameter, for a rule that follows g + c h: ``backward`` then fills ``.grad`` with that sum, at one
-            weight gradient per layer, that of the combined factor, where both streams take two. Parameters left out have c = 0.
+            weight gradient per layer, that of the combined factor, where both streams take two. What changes ``.grad``
+            afterwards, such as clipping, acts on the sum. Parameters that are left out get both streams.
 
     Under ``DistributedDataParallel`` (pass the wrapped model) both streams are averaged over the processes; a model from
     ``torch.compile`` runs eagerly while it is watched. ``nn.MultiheadAttention`` calls no layer for its projections, whose second
     stream stays zero; attention made of Linear layers is seen.
 
+    A ``GradScaler`` scales back ``.grad`` alone: use it with coefficients, or bfloat16, which needs none.
+
     Raises:
         ValueError: on ``backward``, the first layer reads values outside the box (put ``Normalize`` first in the model).
+        RuntimeError: with coefficients, a plain ``loss.backward()`` of what was computed in the block.
 
     Example:
         >>> import torch.nn.functional as F
@@ -287,7 +295,8 @@ def record_factors(
     for module in model.modules():
         if isinstance(module, LAYERS) or (estimating and isinstance(module, estimate.NORMALISATIONS)):
             hooks.append(module.register_forward_pre_hook(recorder._before))
-            hooks.append(module.register_forward_hook(recorder._after, always_call=True))
+            # First, so that what hooks of the user do with the output or the weight is theirs.
+            hooks.append(module.register_forward_hook(recorder._after, prepend=True, always_call=True))
         elif isinstance(module, Normalize):
             hooks.append(module.register_forward_hook(recorder._after_normalize))
     if estimating:
@@ -295,18 +304,11 @@ def record_factors(
     try:
         with around:
             yield recorder
-        if coefficients is not None and recorder._calls and not recorder._read:
-            raise ValueError(
-                message(
-                    "record_factors",
-                    "a block that calls recorder.backward(loss)",
-                    "a block without it",
-                    "loss.backward() does not reach the weights of watched layers; write recorder.backward(loss) in the block",
-                )
-            )
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in list(recorder._hidden):  # an interrupt runs no hooks
+            recorder._give_back(layer)
         recorder._calls.clear()
 
 

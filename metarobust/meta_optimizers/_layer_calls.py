@@ -30,7 +30,9 @@ class LayerCall:
     normalize: Normalize | None
     normalized_shape: torch.Size
     hidden: bool = False
-    """Whether the weight was cut from the graph in this call, so that autograd gives no clean gradient for it."""
+    """Whether a stand-in for the weight took this call, so that autograd gives no clean gradient for it."""
+    version: int = 0
+    """Of the input, when the layer read it."""
 
 
 class Mix(NamedTuple):

@@ -158,7 +158,7 @@ def meta_train(
         tasks_per_step: tasks that are advanced for one meta-update, whose gradients are averaged.
         recompute_every: steps whose graph is in memory at a time (activation checkpointing over steps): an unroll is taken once
             without a graph, and again in parts of this many steps on the way back. The same gradient, for the memory of a part
-            and about a third more time. None keeps the graph of the whole unroll.
+            and of what each part begins with. Tasks must draw from their generator alone. None keeps the graph of the unroll.
         seed: of all randomness here; tasks get their generators from it.
         checkpoint: file that the run's whole state goes to, atomically; when it exists, the run resumes from it and ends with
             bit-identical parameters.

@@ -173,7 +173,9 @@ def meta_search(
     except BaseException:
         move(torch.zeros_like(mean))  # an interrupt leaves the rule as it was; the checkpoint has the progress
         raise
-    meta_optimizer.record = {
+    if kept == "start":  # the same rule, trained for what it was trained for
+        threat_models = meta_optimizer.record.get("threat_models", threat_models)
+    meta_optimizer.record = (meta_optimizer.record if kept == "start" else {}) | {
         "meta_search": identity,
         "knobs": dict(zip(spreads, ends[kept].tolist(), strict=True)),
         "final_scores": final,

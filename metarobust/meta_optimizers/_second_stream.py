@@ -36,7 +36,8 @@ def scaled_terms(factors: list[Factors], wanted: set[int], threat_model: ThreatM
         direction = threat_model.ascent_direction(input_gradient)
         scale = activation_scale(call.inputs, threat_model.norm, getattr(call.layer, "copies", 1))
         if mix.clean:
-            move = direction * (per_example(scale, direction) if len(scale) > 1 else scale)
+            scales = scale if len(scale) == 1 else scale.repeat_interleave(len(direction) // len(scale))
+            move = direction * (per_example(scales, direction) if len(scale) > 1 else scale)
             yield call.weight, weight_gradient(call, mix.of(call.inputs, move), output_gradient)
             continue
         # The activation scale is one number per copy: it is cheaper on the weight gradient than on the activations.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
-from metarobust.meta_optimizers._factor_gradients import FactorRecorder, belongs_to_gradient
+from metarobust.meta_optimizers._factor_gradients import FactorRecorder
+from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.meta_optimizers._training_record import covers
@@ -19,8 +20,8 @@ from metarobust.threat_models import ThreatModel
 class LearnedOptimizer(torch.optim.Optimizer):
     """A frozen meta-optimizer as a ``torch.optim.Optimizer``: parameter groups, ``state_dict``, schedulers, ``zero_grad``.
 
-    ``step`` reads ``.grad`` and, for a meta-optimizer with two streams, ``.perturbed_factor_grad``, which
-    ``metarobust.meta_optimizers.record_factors`` fills. The tensors of one group are read as one network, in their order.
+    ``step`` reads what `record_factors` filled: ``.grad`` alone for a rule with one stream or one that adds its two, and
+    ``.perturbed_factor_grad`` beside it for others. The tensors of one group are read as one network, in their order.
 
     Args:
         params: parameters or parameter groups; a group may have its own ``lr`` and ``total_steps``.
@@ -55,8 +56,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
-                if getattr(p, "perturbed_factor_grad", None) is not None:
-                    cast("Any", p).perturbed_factor_grad = None
+                for name in ("perturbed_factor_grad", "perturbed_factor_origin"):
+                    if getattr(p, name, None) is not None:
+                        setattr(p, name, None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -80,6 +82,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         holder = self.state[params[0]]
         if not holder:
             holder.update(self.meta_optimizer.initial_state(layout.pack(params).to(own.dtype)).to_dict())
+        for name, value in holder.items():  # `load_state_dict` casts to the precision of the parameters
+            if isinstance(value, Tensor) and value.is_floating_point():
+                holder[name] = value.to(own.dtype)
         state: Any = self.meta_optimizer.State.from_dict(holder)
         total_steps = group["total_steps"]
         if all(p.dtype == own.dtype for p in params) and self.meta_optimizer.steps_in_place(params):
@@ -104,11 +109,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if p.grad is None:
             return None
         if belongs_to_gradient(p):
-            *_, threat_model, source = cast("Any", p).perturbed_factor_origin
-            self._compare(threat_model, source)
-            second = cast("Any", p).perturbed_factor_grad
-            if second is not None or self.meta_optimizer.adds_streams:
-                return second
+            origin: Origin = cast("Any", p).perturbed_factor_origin
+            self._compare(origin.threat_model, origin.source)
+            if self.meta_optimizer.adds_streams or not origin.combined:
+                return cast("Any", p).perturbed_factor_grad
         raise ValueError(
             message(
                 "parameters",
@@ -138,7 +142,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The recorder of what this optimizer reads; see :func:`metarobust.meta_optimizers.record_factors`.
 
         A rule that reads the sum g + c h alone, as an :class:`InterpretableOptimizer` does, is given it at once, in ``.grad``,
-        with the c of the step to come: one weight gradient per layer where the two streams take two.
+        with the c of the step to come: one weight gradient per layer where the two streams take two (``recorder.gradients`` is
+        refused then). Tensors that belong to no group get both streams.
         """
         coefficients: dict[Tensor, float] = {}
         for group in self.param_groups if self.meta_optimizer.adds_streams else ():
