@@ -13,7 +13,7 @@ from metarobust.attacks import APGD, BETA, PGD, Alternating, Square
 from metarobust.bounds import adversarial_risk_bound
 from metarobust.evaluation import evaluate
 from metarobust.losses import cross_entropy, margin
-from metarobust.meta_optimizers import LSTMOptimizer, factor_gradients, record_factors
+from metarobust.meta_optimizers import LSTMOptimizer, factor_gradients, load, record_factors
 from metarobust.meta_weighters import CAAT, WeightingNetwork, hypergradient, virtual_update
 from metarobust.models import cnn
 from metarobust.threat_models import ThreatModel
@@ -71,6 +71,22 @@ def test_learned_optimizer_trains_on_the_device() -> None:
             recorder.backward(F.cross_entropy(model(x), y))
         optimizer.step()
     assert F.cross_entropy(model(x), y).item() < before
+
+
+def test_the_shipped_optimizer_takes_the_steps_that_it_takes_on_the_cpu() -> None:
+    model, x, y = setting()
+    ends = []
+    for device in ("cpu", "cuda"):
+        twin = copy.deepcopy(model).to(device)
+        optimizer = load("robust-small-v1").to(device).torch_optimizer(twin.parameters(), total_steps=20)
+        for _ in range(5):
+            optimizer.zero_grad()
+            with optimizer.record_factors(twin, threat_model=THREAT_MODEL) as recorder:
+                recorder.backward(F.cross_entropy(twin(x.to(device)), y.to(device)))
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in twin.parameters()])
+    for host, device_end in zip(*ends, strict=True):
+        torch.testing.assert_close(device_end, host, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
