@@ -55,7 +55,7 @@ class FactorRecorder:
         self.model, self.threat_model, self.source = model, threat_model, source
         self.coefficients = None if coefficients is None else {id(p): c for p, c in coefficients.items()}
         self._calls: list[LayerCall] = []
-        self._hidden: dict[nn.Module, Tensor] = {}
+        self._hidden: dict[nn.Module, dict[str, Tensor]] = {}
         self._logits: Tensor | None = None
         self._recording = True
         self._normalized: tuple[Normalize, Tensor] | None = None
@@ -74,27 +74,29 @@ class FactorRecorder:
         return (inputs.detach().requires_grad_(), *rest)
 
     def _hide_weight(self, layer: nn.Module) -> None:
-        """Run this call with a stand-in for the weight: its one gradient is made from the call's factors, not by autograd.
+        """Run this call with stand-ins for weight and bias: their one gradient is made from the call's factors, not by autograd.
 
-        Other uses of the weight keep theirs. A layer that may use its weight in a way of its own is left alone, and so is a
-        weight with hooks that wait for its gradient.
+        Other uses of them keep theirs. A layer that may use its weight in its own way is left alone, as is a weight with hooks.
         """
-        weight = layer._parameters.get("weight")
-        if self.coefficients is None or weight is None or id(weight) not in self.coefficients:
+        if self.coefficients is None or type(layer) not in LAYERS or "forward" in vars(layer):
             return
-        plain = type(layer) in LAYERS and "forward" not in vars(layer)
-        if plain and weight.requires_grad and not weight._backward_hooks:
-            stand_in = weight.detach().requires_grad_()  # like the weight, so that the same things are kept for the backward pass
-            stand_in.register_hook(refuse)
-            self._hidden[layer] = weight
-            layer._parameters["weight"] = cast("Any", stand_in)
+        # The bias too: convolutions compute both gradients where one is asked for.
+        named = ((name, layer._parameters.get(name)) for name in ("weight", "bias"))
+        found = {name: p for name, p in named if p is not None and id(p) in self.coefficients}
+        found = {name: p for name, p in found.items() if p.requires_grad and not p._backward_hooks}
+        if "weight" in found:
+            self._hidden[layer] = cast("dict[str, Tensor]", found)
+            for name, p in found.items():
+                stand_in = p.detach().requires_grad_()  # so that the same things are kept for the backward pass
+                stand_in.register_hook(refuse)
+                layer._parameters[name] = cast("Any", stand_in)
 
-    def _give_back(self, layer: nn.Module) -> bool:
-        """Put the weight of a layer back; whether it was hidden."""
-        hidden = self._hidden.pop(layer, None)
-        if hidden is not None:
-            layer._parameters["weight"] = cast("Any", hidden)
-        return hidden is not None
+    def _give_back(self, layer: nn.Module) -> frozenset[str]:
+        """Put weight and bias of a layer back; the names of those that were hidden."""
+        hidden = self._hidden.pop(layer, {})
+        for name, p in hidden.items():
+            layer._parameters[name] = cast("Any", p)
+        return frozenset(hidden)
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> None:
         hidden, inputs = self._give_back(layer), args[0] if args else None
@@ -228,11 +230,11 @@ class FactorRecorder:
                 p.grad, p.grad._version, self.threat_model, self.source, id(p) in given
             )
 
-    def _mix(self, p: Tensor, call: LayerCall | None) -> Mix:
+    def _mix(self, p: Tensor, hidden: bool) -> Mix:
         """How much of the clean factor and of its change this parameter's term is made of."""
         if self.coefficients is None or id(p) not in self.coefficients:
             return Mix(0.0, 1.0)
-        return Mix(1.0 if call is not None and call.hidden else 0.0, self.coefficients[id(p)])
+        return Mix(1.0 if hidden else 0.0, self.coefficients[id(p)])
 
 
 @contextmanager

@@ -29,8 +29,8 @@ class LayerCall:
     first: bool
     normalize: Normalize | None
     normalized_shape: torch.Size
-    hidden: bool = False
-    """Whether a stand-in for the weight took this call, so that autograd gives no clean gradient for it."""
+    hidden: frozenset[str] = frozenset()
+    """Of weight and bias, those whose place a stand-in took in this call, so that autograd gives no clean gradient for them."""
     version: int = 0
     """Of the input, when the layer read it."""
 

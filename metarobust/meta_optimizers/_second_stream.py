@@ -10,7 +10,6 @@ from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._layer_calls import (
     LAYERS,
     Factors,
-    LayerCall,
     Mix,
     activation_scale,
     weight_gradient,
@@ -18,17 +17,21 @@ from metarobust.meta_optimizers._layer_calls import (
 )
 from metarobust.threat_models import ThreatModel
 
-MixOf = Callable[[Tensor, LayerCall | None], Mix]
-"""How a parameter's term is mixed; with the call for the weight that the call was made with."""
+MixOf = Callable[[Tensor, bool], Mix]
+"""How a parameter's term is mixed; true where autograd gives no clean gradient for it."""
 Terms = Iterator[tuple[Tensor, Tensor]]
 
 
 def scaled_terms(factors: list[Factors], wanted: set[int], threat_model: ThreatModel, mix_of: MixOf) -> Terms:
     """Every wanted weight with its gradient under the scaled worst move of its inputs."""
     for call, input_gradient, output_gradient in factors:
+        bias = cast("Tensor | None", call.layer.bias)
+        if bias is not None and "bias" in call.hidden:
+            ones = output_gradient.new_ones(len(output_gradient))
+            yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, ones).to(bias.dtype)
         if id(call.weight) not in wanted:
             continue
-        mix = mix_of(call.weight, call)
+        mix = mix_of(call.weight, "weight" in call.hidden)
         if call.first:
             move = worst_case_of_input(call, input_gradient, threat_model)
             yield call.weight, weight_gradient(call, mix.of(call.inputs, move), output_gradient)
@@ -64,11 +67,12 @@ def estimated_terms(
     for call, input_gradient, output_gradient in factors:
         bias = cast("Tensor | None", call.layer.bias)
         if bias is not None and id(bias) in wanted:
-            weights = mix_of(bias, None).change * more
+            mix = mix_of(bias, "bias" in call.hidden)
+            weights = mix.clean + mix.change * more
             yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, weights).to(bias.dtype)
         if id(call.weight) not in wanted:  # frozen, or a normalisation without a gain
             continue
-        mix = mix_of(call.weight, call)
+        mix = mix_of(call.weight, "weight" in call.hidden)
         if call.first:
             changed = estimate.changed_input(call.inputs, moves[call], change, mix)
             yield call.weight, weight_gradient(call, changed, output_gradient)
