@@ -122,9 +122,8 @@ def learned(name: str) -> list[Candidate]:
     """A meta-optimizer that came with the package or lies in a file: nothing to choose."""
     rule = load_optimizer(name)
     options = {"source": rule.gradient_source} if rule.two_streams else {}
-    passes = 4 / 3 if rule.two_streams and not rule.adds_streams else 1.0
-    steps = ONE_PASS if passes == 1.0 else (1.0,)
-    return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), steps, passes, options=options)]
+    shares = ONE_PASS if rule.passes_per_step == 1.0 else (1.0,)
+    return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), shares, rule.passes_per_step, options=options)]
 
 
 def train_paper_code(path: Path) -> None:

@@ -124,8 +124,7 @@ def train_with(rule: InterpretableOptimizer | LSTMOptimizer, name: str, setting:
         )
     return Trained(
         name=name, model=model, learning_rate=None, steps=setting.steps, attack_calls=calls,
-        passes_per_step=4 / 3 if rule.two_streams and not rule.adds_streams else 1.0,
-        notes=tuple(dict.fromkeys(str(w.message) for w in warned)),
+        passes_per_step=rule.passes_per_step, notes=tuple(dict.fromkeys(str(w.message) for w in warned)),
     )  # fmt: skip
 
 

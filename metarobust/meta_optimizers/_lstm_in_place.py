@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from metarobust.meta_optimizers._features import FAST, SECOND, SLOW, TINY, time_basis
+from metarobust.meta_optimizers._features import FAST, SECOND, SLOW, TINY, dynamic_count, time_basis
 from metarobust.meta_optimizers._layout import ROLES, Layout
 from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, LARGEST
 
@@ -150,7 +150,7 @@ def _weights(rule: "LSTMOptimizer", tensors: Tensors, role: int, fan_in: int, bi
     told = [math.log(_mean_square(tensors.parameter) * fan_in + 1e-10) / 4, math.log(g_size) / 20]
     if tensors.h is not None:
         told.append(max(-5.0, min(5.0, math.log((_mean_square(tensors.h) + 1e-20) / g_size) / 4)))
-    dynamic = 10 if tensors.h is None else 13
+    dynamic = dynamic_count("full", two_streams=tensors.h is not None)
     columns = rule.input_weight[:, dynamic : dynamic + len(ROLES) + 1]
     bias = bias + columns[:, role] + columns[:, -1] * (math.log(fan_in) / 5)
     for column, value in zip(BY_TENSOR, told, strict=False):  # the third with two streams only
@@ -168,8 +168,10 @@ def _flat_or_zero(second: Tensor | None, p: Tensor) -> Tensor:
 
 
 def _mean_square(values: Tensor) -> float:
-    clamped = values.clamp(-LARGEST, LARGEST)
-    return torch.linalg.vector_norm(clamped).item() ** 2 / max(1, len(values))
+    norm = torch.linalg.vector_norm(values).item()
+    if not norm < LARGEST:  # as the step reads them; only here is a copy worth making
+        norm = torch.linalg.vector_norm(values.clamp(-LARGEST, LARGEST)).item()
+    return norm**2 / max(1, len(values))
 
 
 def _cells(weights: list[Tensor], inputs: Tensor, part: Tensors) -> Tensor:

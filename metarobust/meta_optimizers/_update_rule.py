@@ -47,6 +47,11 @@ class UpdateRule(nn.Module):
         return self.gradient_source != "gradient"
 
     @property
+    def passes_per_step(self) -> float:
+        """Forward-backward passes of a step: a third more than one for a rule that reads two streams apart."""
+        return 4 / 3 if self.two_streams and not self.adds_streams else 1.0
+
+    @property
     def adds_streams(self) -> bool:
         """Whether it reads two streams as one sum g + c h, which `record_factors` makes for one pass per step in place of 4/3."""
         return False
