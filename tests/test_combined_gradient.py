@@ -253,6 +253,11 @@ def test_streams_apart_and_combined_accumulate() -> None:
 
 def test_errors_say_what_to_write() -> None:
     model, (x, y) = mlp([64, 5, 10]), batch()
+    for wrong in ([1.0], {"weight": 1.0}):
+        with pytest.raises(TypeError, match="coefficients must be a mapping from parameters to numbers"):
+            record_factors(model, coefficients=wrong).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="coefficients must be a finite number"):
+        record_factors(model, coefficients={next(model.parameters()): float("nan")}).__enter__()
     with record_factors(model, threat_model=BALL, coefficients={}) as recorder:
         loss = F.cross_entropy(model(x.float()), y)
         with pytest.raises(ValueError, match=r"coefficients must be None for both streams.*recorder\.backward\(loss\)"):

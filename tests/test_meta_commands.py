@@ -392,6 +392,10 @@ def test_a_terminal_has_a_live_table(capsys: pytest.CaptureFixture[str], monkeyp
             {"recompute_every": 5, "estimator": "pes"},
             "--recompute-every must be left out with --estimator pes, which keeps no graph",
         ),
+        (
+            {"recompute_every": 5},
+            "--recompute-every is read by --estimator second-order or first-order only, not by search; leave it out",
+        ),
         ({"population": 5, "estimator": "pes"}, "--population is read by --estimator search only, not by pes; leave it out"),
         ({"population": 1}, "--population must be an integer >= 2, got 1"),
         ({"iterations": 0}, "--iterations must be an integer >= 1, got 0"),

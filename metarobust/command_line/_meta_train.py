@@ -179,7 +179,7 @@ class MetaTrain:
             raise ValueError("--recompute-every must be left out with --estimator pes, which keeps no graph")
         for name in OF_META_UPDATES if self.searches else ("population",):
             if getattr(self, name) is not None:
-                readers = others if self.searches else "search"
+                readers = {"recompute_every": "second-order or first-order", "population": "search"}.get(name, others)
                 raise ValueError(f"{written(name)} is read by --estimator {readers} only, not by {self.estimator}; leave it out")
         if self.meta_loss == "beta" and (self.copies or 1) > 1:
             reason = "whose attack follows single examples, and those of several copies cannot be told apart then"

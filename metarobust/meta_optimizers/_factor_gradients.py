@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metarobust._checks import choice, message, require
 from metarobust._processes import processes, summed
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
-from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient, refuse, summed_parts
+from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient, by_identity, refuse, summed_parts
 from metarobust.meta_optimizers._layer_calls import LAYERS, Factors, LayerCall, Mix
 from metarobust.meta_optimizers._second_stream import estimated_terms, scaled_terms
 from metarobust.models import Normalize
@@ -53,7 +53,7 @@ class FactorRecorder:
         self, model: nn.Module, threat_model: ThreatModel, source: str, coefficients: Mapping[Tensor, float] | None = None
     ) -> None:
         self.model, self.threat_model, self.source = model, threat_model, source
-        self.coefficients = None if coefficients is None else {id(p): c for p, c in coefficients.items()}
+        self.coefficients = None if coefficients is None else by_identity(coefficients)
         self._calls: list[LayerCall] = []
         self._hidden: dict[nn.Module, dict[str, Tensor]] = {}
         self._logits: Tensor | None = None

@@ -1,12 +1,23 @@
 """Where a parameter's gradient comes from: what the recorder leaves beside it for the optimizer to check."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metarobust._checks import message
+from metarobust._checks import finite, message
 from metarobust.threat_models import ThreatModel
+
+
+def by_identity(coefficients: Mapping[Tensor, float]) -> dict[int, float]:
+    """Coefficients by the id of their parameter."""
+    if not isinstance(coefficients, Mapping) or not all(isinstance(p, Tensor) for p in coefficients):
+        got = type(coefficients).__name__
+        raise TypeError(message("coefficients", "a mapping from parameters to numbers", got, "write {p: c for p in params}"))
+    for c in coefficients.values():
+        finite("coefficients", c)
+    return {id(p): float(c) for p, c in coefficients.items()}
 
 
 def refuse(gradient: Tensor) -> None:
