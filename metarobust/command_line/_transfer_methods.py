@@ -109,7 +109,7 @@ def train_with(rule: InterpretableOptimizer | LSTMOptimizer, name: str, setting:
     def step(x: Tensor, y: Tensor, noise: torch.Generator) -> None:
         optimizer.zero_grad()
         if rule.two_streams:
-            with optimizer.record_factors(model, threat_model=setting.threat_model) as recorder:
+            with optimizer.record_factors(model, threat_model=setting.threat_model, generator=noise) as recorder:
                 recorder.backward(F.cross_entropy(model(x), y))
         else:
             F.cross_entropy(model(x), y).backward()

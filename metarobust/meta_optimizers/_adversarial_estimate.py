@@ -59,6 +59,11 @@ def first_order_rise(moves: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return torch.stack(rises).sum(0)
 
 
+def label_of(logit_gradients: Tensor) -> Tensor:
+    """The label of each example, ``[batch, 1]``: the class with the most negative gradient, whatever the example's weight is."""
+    return logit_gradients.argmin(1, keepdim=True)
+
+
 class Change(NamedTuple):
     """What becomes of each example, both ``[batch]``.
 
@@ -72,10 +77,7 @@ class Change(NamedTuple):
 
 
 def predicted_change(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> Change:
-    """How far each example is moved, and what that does to its prediction.
-
-    The label is the class with the most negative gradient, which makes a weighting of the examples cancel.
-    """
+    """How far each example is moved, and what that does to its prediction."""
     logits, logit_gradients = exact(logits), exact(logit_gradients)
     require(
         len(rise) == len(logits),
@@ -84,7 +86,8 @@ def predicted_change(logits: Tensor, logit_gradients: Tensor, rise: Tensor) -> C
         f"{len(rise)} rows for {len(logits)} examples",
         "keep other axes apart, as in [batch, tokens, features]",
     )
-    lowest, label = logit_gradients.min(1, keepdim=True)
+    label = label_of(logit_gradients)
+    lowest = logit_gradients.gather(1, label)
     others = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter_(1, label, True), -torch.inf)
     margin = logits.gather(1, label).squeeze(1) - others.logsumexp(1)
     lead = logits.gather(1, label).squeeze(1) - others.amax(1)

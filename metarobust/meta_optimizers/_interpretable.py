@@ -62,8 +62,8 @@ class InterpretableOptimizer(UpdateRule):
     ``initial_learning_rate`` on the ordinary gradient, up to small terms (`INITIAL`).
 
     Args:
-        gradient_source: what the rule reads: ``"gradient+perturbed_factors"`` and ``"gradient+adversarial_estimate"`` are two
-            streams (:class:`metarobust.types.Streams`, see :func:`record_factors`), ``"gradient"`` is one, without c. Stored in
+        gradient_source: what the rule reads: ``"gradient+perturbed_factors"``, ``"gradient+adversarial_estimate"`` and
+            ``"gradient+adversarial_tangent"`` are two streams (:class:`metarobust.types.Streams`, see :func:`record_factors`), ``"gradient"`` is one, without c. Stored in
             the checkpoint and checked on use.
         initial_learning_rate: :math:`\alpha` before meta-training, for a fan-in of 64.
 

@@ -33,6 +33,8 @@ class LayerCall:
     """Of weight and bias, those whose place a stand-in took in this call, so that autograd gives no clean gradient for them."""
     version: int = 0
     """Of the input, when the layer read it."""
+    place: int = 0
+    """Among all layer calls of the forward pass, from 1."""
 
 
 class Mix(NamedTuple):

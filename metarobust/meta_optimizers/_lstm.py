@@ -61,8 +61,8 @@ class LSTMOptimizer(UpdateRule):
     the network's small random outputs. With ``base="none"`` the update is :math:`s\, o_2` alone, as in both papers.
 
     Args:
-        gradient_source: what the rule reads: ``"gradient+perturbed_factors"`` and ``"gradient+adversarial_estimate"`` are two
-            streams (:class:`metarobust.types.Streams`, see ``record_factors``), ``"gradient"`` is one. Stored in the checkpoint
+        gradient_source: what the rule reads: ``"gradient+perturbed_factors"``, ``"gradient+adversarial_estimate"`` and
+            ``"gradient+adversarial_tangent"`` are two streams (:class:`metarobust.types.Streams`, see ``record_factors``), ``"gradient"`` is one. Stored in the checkpoint
             and checked on use.
         hidden_size: LSTM units per coordinate.
         layers: stacked LSTM cells.

@@ -1,8 +1,9 @@
 """What every parameter's second stream is summed from: one term per layer call, of either source."""
 
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from metarobust._tensors import per_example
@@ -10,6 +11,7 @@ from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._layer_calls import (
     LAYERS,
     Factors,
+    LayerCall,
     Mix,
     activation_scale,
     weight_gradient,
@@ -20,6 +22,45 @@ from metarobust.threat_models import ThreatModel
 MixOf = Callable[[Tensor, bool], Mix]
 """How a parameter's term is mixed; true where autograd gives no clean gradient for it."""
 Terms = Iterator[tuple[Tensor, Tensor]]
+
+
+class Moves(Protocol):
+    """How the inputs of layers change under attack, and the gradient with them: one estimate of it."""
+
+    @property
+    def change(self) -> estimate.Change:
+        """What becomes of each example."""
+        ...
+
+    def factor(self, call: LayerCall, input_gradient: Tensor, mix: Mix) -> Tensor:
+        """The input of a layer, as it enters the weight gradient."""
+        ...
+
+    def gain(self, call: LayerCall, mix: Mix) -> Tensor:
+        """What the gain of a normalisation multiplies, as it enters its gradient."""
+        ...
+
+
+class BalancedMoves:
+    """Those that the clean pass alone suggests."""
+
+    def __init__(self, factors: list[Factors], logits: Tensor, logit_gradients: Tensor, threat_model: ThreatModel) -> None:
+        firsts = [f for f in factors if f.call.first]
+        self._moves = {f.call: worst_case_of_input(f.call, f.input_gradient, threat_model) for f in firsts}
+        self._rise = estimate.first_order_rise(list(self._moves.values()), [f.input_gradient for f in firsts])
+        self._norm = threat_model.norm
+        self.change = estimate.predicted_change(logits, logit_gradients, self._rise)
+
+    def factor(self, call: LayerCall, input_gradient: Tensor, mix: Mix) -> Tensor:
+        """See :class:`Moves`."""
+        if call.first:
+            return estimate.changed_input(call.inputs, self._moves[call], self.change, mix)
+        return estimate.changed_factor(call.inputs, input_gradient, self._rise, self.change, self._norm, mix)
+
+    def gain(self, call: LayerCall, mix: Mix) -> Tensor:
+        """See :class:`Moves`: it stays as it is and counts as much more as the example does."""
+        clean = estimate.normalized(call.layer, call.inputs)
+        return clean * per_example((mix.change * (self.change.ratio - 1)).to(clean.dtype), clean)
 
 
 def scaled_terms(factors: list[Factors], wanted: set[int], threat_model: ThreatModel, mix_of: MixOf) -> Terms:
@@ -49,21 +90,9 @@ def scaled_terms(factors: list[Factors], wanted: set[int], threat_model: ThreatM
         yield call.weight, h * (per_example(scale, h) if len(scale) > 1 else scale)
 
 
-def estimated_terms(
-    factors: list[Factors],
-    wanted: set[int],
-    threat_model: ThreatModel,
-    mix_of: MixOf,
-    *,
-    logits: Tensor,
-    logit_gradients: Tensor,
-) -> Terms:
+def estimated_terms(factors: list[Factors], wanted: set[int], mix_of: MixOf, moves: Moves) -> Terms:
     """Every wanted parameter of a recorded layer with the estimated change of its gradient."""
-    moves = {f.call: worst_case_of_input(f.call, f.input_gradient, threat_model) for f in factors if f.call.first}
-    gradients = [f.input_gradient for f in factors if f.call.first]
-    rise = estimate.first_order_rise(list(moves.values()), gradients)
-    change = estimate.predicted_change(logits, logit_gradients, rise)
-    more = change.ratio - 1
+    more = moves.change.ratio - 1
     for call, input_gradient, output_gradient in factors:
         bias = cast("Tensor | None", call.layer.bias)
         if bias is not None and id(bias) in wanted:
@@ -73,13 +102,9 @@ def estimated_terms(
         if id(call.weight) not in wanted:  # frozen, or a normalisation without a gain
             continue
         mix = mix_of(call.weight, "weight" in call.hidden)
-        if call.first:
-            changed = estimate.changed_input(call.inputs, moves[call], change, mix)
-            yield call.weight, weight_gradient(call, changed, output_gradient)
-        elif isinstance(call.layer, LAYERS):
-            changed = estimate.changed_factor(call.inputs, input_gradient, rise, change, threat_model.norm, mix)
-            yield call.weight, weight_gradient(call, changed, output_gradient)
+        if isinstance(call.layer, LAYERS):
+            yield call.weight, weight_gradient(call, moves.factor(call, input_gradient, mix), output_gradient)
         else:
-            gain = output_gradient * estimate.normalized(call.layer, call.inputs)
-            h = estimate.summed_like(call.weight.shape, call.layer, gain, mix.change * more)
+            gain = output_gradient * moves.gain(call, mix)
+            h = estimate.summed_like(call.weight.shape, call.layer, gain, torch.ones_like(more))
             yield call.weight, h.to(call.weight.dtype)

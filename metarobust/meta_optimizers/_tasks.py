@@ -111,7 +111,8 @@ class ClassificationTask:
             found = torch.autograd.grad(losses.sum(), parameters, create_graph=create_graph, allow_unused=True)
             gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
             return losses.detach(), Streams(gradients, tuple(torch.zeros_like(g) for g in gradients))
-        with record_factors(self._template, threat_model=self.threat_model, source=self.source) as recorder:
+        watched = record_factors(self._template, threat_model=self.threat_model, source=self.source, generator=generator)
+        with watched as recorder:
             losses = self._losses(model, x, y)
             found = recorder.gradients(losses.sum(), parameters, create_graph=create_graph)
         return losses.detach(), Streams(found.gradients, found.perturbed_factor_gradients)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
-from metarobust.meta_optimizers._factor_gradients import FactorRecorder
+from metarobust.meta_optimizers._factor_recorder import FactorRecorder
 from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import layout_of
@@ -137,7 +137,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
 
     def record_factors(
-        self, model: nn.Module, *, threat_model: ThreatModel | None = None
+        self, model: nn.Module, *, threat_model: ThreatModel | None = None, generator: torch.Generator | None = None
     ) -> AbstractContextManager[FactorRecorder]:
         """The recorder of what this optimizer reads; see :func:`metarobust.meta_optimizers.record_factors`.
 
@@ -152,7 +152,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             step = int(self.state[params[0]].get("step", 0)) + 1
             found = self.meta_optimizer.combining_coefficients(layout, step=step, total_steps=group["total_steps"])
             coefficients |= dict(zip(params, found or [], strict=True))
-        return self.meta_optimizer.record_factors(model, threat_model=threat_model, coefficients=coefficients or None)
+        return self.meta_optimizer.record_factors(
+            model, threat_model=threat_model, coefficients=coefficients or None, generator=generator
+        )
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
         return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
 from metarobust._checks import integer, require
-from metarobust.meta_optimizers._factor_gradients import FactorRecorder, record_factors
+from metarobust.meta_optimizers._factor_gradients import record_factors
+from metarobust.meta_optimizers._factor_recorder import FactorRecorder
 from metarobust.meta_optimizers._layout import ROLES, Layout
 from metarobust.threat_models import ThreatModel
 
@@ -48,8 +49,12 @@ class UpdateRule(nn.Module):
 
     @property
     def passes_per_step(self) -> float:
-        """Forward-backward passes of a step: a third more than one for a rule that reads two streams apart."""
-        return 4 / 3 if self.two_streams and not self.adds_streams else 1.0
+        """Forward-backward passes of a step.
+
+        One, a third more for a rule that reads two streams apart, and a third more for the forward pass of tangents.
+        """
+        apart = self.two_streams and not self.adds_streams
+        return (3 + apart + (self.gradient_source == "gradient+adversarial_tangent")) / 3
 
     @property
     def adds_streams(self) -> bool:
@@ -62,9 +67,12 @@ class UpdateRule(nn.Module):
         *,
         threat_model: ThreatModel | None = None,
         coefficients: Mapping[Tensor, float] | None = None,
+        generator: torch.Generator | None = None,
     ) -> AbstractContextManager[FactorRecorder]:
         """:func:`record_factors` with this rule's gradient source."""
-        return record_factors(model, threat_model=threat_model, source=self.gradient_source, coefficients=coefficients)
+        return record_factors(
+            model, threat_model=threat_model, source=self.gradient_source, coefficients=coefficients, generator=generator
+        )
 
     def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:
         """c of each tensor in a step (from 1), for a rule that reads its streams as g + c h alone; None for others."""
@@ -95,7 +103,7 @@ class UpdateRule(nn.Module):
     def shift_factor_coefficients(self, *, first: float, others: float) -> None:
         """Add constants to the coefficient of h: ``first`` for first weights, ``others`` for the other weights.
 
-        Biases and normalisations have an h in the estimated adversarial gradient only, and share ``others`` there.
+        Biases and normalisations have an h in the estimated adversarial gradients only, and share ``others`` there.
         """
         require(
             self.factor_coefficient is not None,
@@ -105,5 +113,5 @@ class UpdateRule(nn.Module):
         )
         assert self.factor_coefficient is not None
         for role, name in enumerate(ROLES):
-            if name not in ("bias", "normalisation") or self.gradient_source == "gradient+adversarial_estimate":
+            if name not in ("bias", "normalisation") or self.gradient_source != "gradient+perturbed_factors":
                 self.factor_coefficient[role, 0] += (first if name.startswith("first") else others) / COEFFICIENT_SPEED
