@@ -13,7 +13,7 @@ from metarobust.meta_optimizers import InterpretableOptimizer
 from metarobust.models import cnn
 from metarobust.threat_models import ThreatModel
 
-SOURCES = ("gradient+perturbed_factors", "gradient+adversarial_estimate")
+SOURCES = ("gradient+perturbed_factors", "gradient+adversarial_estimate", "gradient+adversarial_tangent")
 THREAT_MODEL = ThreatModel(epsilon=0.1)
 
 

@@ -91,6 +91,8 @@ def test_without_its_other_terms_it_is_adam_on_the_combined_stream(offsets: tupl
 def test_gradients_in_the_coefficients_against_central_differences(source: str) -> None:
     """Through three steps, whose gradients depend on where the steps before have led."""
     rule = rule_with(1, gradient_source=source)
+    with torch.no_grad():
+        rule.fall.abs_()  # a negative one counts as zero
 
     def final() -> Tensor:
         chain = rule.as_gradient_transformation(total_steps=4)
@@ -116,6 +118,26 @@ def test_gradients_in_the_coefficients_against_central_differences(source: str) 
         slope = (gradient * direction).sum().item()
         assert abs(slope) > 1e-4
         assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
+
+
+def test_the_learning_rate_falls_by_a_power_of_the_time_that_is_left() -> None:
+    rule = InterpretableOptimizer(gradient_source="gradient")
+    at = lambda time: rule.coefficients(role="inner dense", fan_in=64, time=time)  # noqa: E731
+    rule.turn({"learning rate, fall": 2.0})
+    for time in (0.0, 0.25, 0.5, 1.0):
+        assert at(time)["adam"] == pytest.approx(3e-3 * (1 - time) ** 2, rel=1e-4)
+        assert at(time)["l2"] == pytest.approx(1e-6)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = rule.torch_optimizer([weight], total_steps=5)
+    sizes = []
+    for _ in range(8):
+        before, weight.grad = weight.detach().clone(), torch.full((3,), 0.001)
+        optimizer.step()
+        sizes.append((before - weight.detach()).max().item())
+    assert sizes[:5] == pytest.approx([3e-3 * (1 - k / 4) ** 2 for k in range(5)], abs=2e-5)
+    assert max(sizes[5:]) < 2e-5, "after the planned steps it stands still, but for the small terms"
+    rule.turn({"learning rate, fall": -5.0})
+    assert at(0.5)["adam"] == pytest.approx(3e-3), "a negative power counts as none"
 
 
 def test_a_model_of_another_precision_takes_the_same_steps() -> None:

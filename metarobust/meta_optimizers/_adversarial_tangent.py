@@ -11,11 +11,12 @@ taken as linear along the move, with the activation patterns and normalisations 
 does beyond them, and none is formed.
 
 A network can learn to be flat at its training examples and nowhere else ("catastrophic overfitting" of FGSM training; Wong et
-al., 2020). So x is a clean example plus uniform noise from the threat model's ball, and the move starts there and may leave the
-ball by as much (de Jorge et al., 2022, who do so for FGSM training): docs/transfer.md has the trials.
+al., 2020). So x is a clean example plus uniform noise from a ball of twice the radius, and the move starts there and may leave
+the threat model's ball (de Jorge et al., 2022, who do so for FGSM training): docs/transfer.md has the trials.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,11 +31,11 @@ from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._layer_calls import LayerCall, Mix
 from metarobust.threat_models import ThreatModel
 
-NOISE = 1.0
-"""Of the first pass, in multiples of epsilon."""
+NOISE = 2.0
+"""Radius of the noise of the first pass, in multiples of epsilon."""
 REACH = 1.25
 """Length of the move, in multiples of epsilon."""
-LOST = 1.0
+LOST = 0.5
 """A move ends where the best wrong class leads the label by this much, in logits."""
 LARGEST_RISE = 9.0
 """Of the logarithm of the label's missing probability, which keeps r finite in half precision."""
@@ -101,8 +102,8 @@ class SecondForward:
         x, *rest = args
         # What reads anything but pixels would silently get a meaningless perturbation.
         images(x, lower=self.threat_model.lower, upper=self.threat_model.upper, tolerance=1e-4)
-        x = x.detach()
-        noisy = torch.lerp(x, self.threat_model.sample(x, generator=self.generator), NOISE).requires_grad_()
+        wider = replace(self.threat_model, epsilon=NOISE * self.threat_model.epsilon)
+        noisy = wider.sample(x.detach(), generator=self.generator).requires_grad_()
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self._call = (model, (noisy, *rest), kwargs)
         self._tensors = dict(model.named_parameters())  # those of this call, which `functional_call` may have put there
@@ -130,10 +131,6 @@ class SecondForward:
             logit_gradients: loss gradient there.
             input_gradient: loss gradient at the model's input.
         """
-        remedy = "call the model itself inside the block, not its parts"
-        require(
-            self._call is not None and input_gradient is not None, "loss", "computed from the model's output", "another", remedy
-        )
         assert self._call is not None
         assert input_gradient is not None
         model, (x, *rest), kwargs = self._call

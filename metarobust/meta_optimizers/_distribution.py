@@ -108,7 +108,7 @@ class TaskDistribution:
             dataset=pool,
             subsets=torch.stack([tasks.sample_indices(generator) for _ in range(self.copies)]),
             threat_model=None if self.source is None else ball,
-            source=self.source or GRADIENT_SOURCES[-1],
+            source=self.source or "gradient+adversarial_estimate",
             meta_attack=None if self.attack is None else self.attack(ball),
             meta_objective=None if self.meta_objective is None else self.meta_objective(ball),
             batch_size=self.batch_size,

@@ -92,7 +92,8 @@ class FactorRecorder:
         self._calls.append(
             LayerCall(
                 layer,
-                cast("Tensor", layer.weight),
+                cast("Tensor", layer.weight),  # what the layer held in this call, as `functional_call` put it there
+                cast("Tensor | None", layer.bias),
                 inputs,
                 # Edges, not tensors: an in-place activation after the layer would redirect the tensor's gradient.
                 get_gradient_edge(inputs),
@@ -176,12 +177,13 @@ class FactorRecorder:
         wanted = {id(p) for p in targets}
         added: dict[int, Tensor] = {}
         with torch.set_grad_enabled(create_graph), torch.autocast(self._calls[0].inputs.device.type, enabled=False):
-            if self._logits is None:
+            if self.source == "gradient+perturbed_factors":
                 terms = scaled_terms(factors, wanted, self.threat_model, self._mix)
             else:
-                slopes = ends[0]
-                require(slopes is not None, "loss", "computed from the model's output", "one that does not depend on it")
+                slopes, remedy = ends[0] if ends else None, "call the model itself inside the block, not its parts"
+                require(slopes is not None, "loss", "computed from the model's output", "one that does not depend on it", remedy)
                 assert slopes is not None
+                assert self._logits is not None
                 moves: Moves
                 if self._second is None:
                     moves = BalancedMoves(factors, self._logits, slopes, self.threat_model)

@@ -56,15 +56,16 @@ class InterpretableOptimizer(UpdateRule):
     with Adam's bias-corrected running means :math:`\hat m` of u and :math:`\hat v` of its square, and the fan-in n of the tensor:
     Adam, momentum SGD, weight decay, and an L1 penalty that fades out near zero. The coefficients of a term are
     :math:`\exp(a_r + b_r P_1(\tau) + f \log(n / 64))` with relative time :math:`\tau = t/T`, one :math:`a_r, b_r` per tensor
-    role r and one f per term; those of h are :math:`c_r(\tau)`, of degree 2 in :math:`\tau`, and may be negative, times one
-    factor for all of them in networks with normalisation layers, where the second stream is a worse estimate. That is 93
-    numbers; what they come to is returned by `coefficients` and printed by `table`. A fresh optimizer is Adam with
-    ``initial_learning_rate`` on the ordinary gradient, up to small terms (`INITIAL`).
+    role r and one f per term, and :math:`\alpha` also times :math:`(1 - \tau)^q`, which can end at zero; those of h are
+    :math:`c_r(\tau)`, of degree 2 in :math:`\tau`, and may be negative, times one factor for all of them in networks with
+    normalisation layers, where the second stream is a worse estimate. That is 94 numbers; what they come to is returned by
+    `coefficients` and printed by `table`. A fresh optimizer is Adam with ``initial_learning_rate`` on the ordinary gradient, up
+    to small terms (`INITIAL`).
 
     Args:
         gradient_source: what the rule reads: ``"gradient+perturbed_factors"``, ``"gradient+adversarial_estimate"`` and
-            ``"gradient+adversarial_tangent"`` are two streams (:class:`metarobust.types.Streams`, see :func:`record_factors`), ``"gradient"`` is one, without c. Stored in
-            the checkpoint and checked on use.
+            ``"gradient+adversarial_tangent"`` are two streams (:class:`metarobust.types.Streams`, see :func:`record_factors`),
+            ``"gradient"`` is one, without c. Stored in the checkpoint and checked on use.
         initial_learning_rate: :math:`\alpha` before meta-training, for a fan-in of 64.
 
     Example:
@@ -95,6 +96,7 @@ class InterpretableOptimizer(UpdateRule):
         self.register_buffer("initial", torch.tensor([initial[term] for term in TERMS], dtype=torch.float64).log())
         self.log_coefficient = nn.Parameter(torch.zeros(len(TERMS), len(ROLES), 2))
         self.fan_in_power = nn.Parameter(torch.zeros(len(TERMS)))
+        self.fall = nn.Parameter(torch.zeros(()))
         self.factor_coefficient = nn.Parameter(torch.zeros(len(ROLES), 3)) if self.two_streams else None
         self.normalised_factor = nn.Parameter(torch.zeros(())) if self.two_streams else None
 
@@ -203,7 +205,7 @@ class InterpretableOptimizer(UpdateRule):
         basis = time_basis(1 + round(1_000_000 * min(1.0, time)), 1_000_001, self.log_coefficient.detach())
         place = ROLES.index(role)
         found = self._terms(basis)[:, place] + self._fan_in(torch.tensor([float(fan_in)]))[:, 0]
-        told: dict[str, float] = dict(zip(TERMS, found.exp().tolist(), strict=True))
+        told: dict[str, float] = dict(zip(TERMS, (found.exp() * self._falling(basis)[:, 0]).tolist(), strict=True))
         if self.factor_coefficient is not None:  # in networks without normalisation
             told["factor"] = (COEFFICIENT_SPEED * (self.factor_coefficient[place] @ basis)).item()
         return told
@@ -228,8 +230,8 @@ class InterpretableOptimizer(UpdateRule):
 
         Units: logarithms of learning rate, weight decay, L1 penalty and of the factor on all coefficients of the second stream in
         networks with normalisation; plain numbers for those coefficients themselves.
-        The slopes add their value at the end of training and take it away at the beginning; the learning rate's power of the
-        fan-in leaves a fan-in of 64 alone.
+        The slopes add their value at the end of training and take it away at the beginning; the fall is the power of the time
+        that is left, 1 for a linear fall to zero; the learning rate's power of the fan-in leaves a fan-in of 64 alone.
         """
 
         def single(parameter: Tensor, scale: float, place: tuple[Any, ...]) -> Tensor:
@@ -249,6 +251,7 @@ class InterpretableOptimizer(UpdateRule):
         found: dict[str, tuple[float, dict[str, Tensor]]] = {
             "learning rate": (0.4, {"log_coefficient": single(logs, LOG_SPEED, (adam, everywhere, 0))}),
             "learning rate, slope": (0.6, {"log_coefficient": single(logs, LOG_SPEED, (adam, everywhere, 1))}),
+            "learning rate, fall": (0.3, {"fall": torch.ones_like(self.fall)}),
             "learning rate, fan-in": (0.2, {"fan_in_power": single(self.fan_in_power, 1.0, (adam,))}),
             "weight decay": (1.5, {"log_coefficient": single(logs, LOG_SPEED, (l2, weights, 0))}),
             "l1, first": (1.5, {"log_coefficient": single(logs, LOG_SPEED, (l1, groups["first"], 0))}),
@@ -287,11 +290,17 @@ class InterpretableOptimizer(UpdateRule):
         """What a fan-in ``[tensors]`` adds to the logarithms, ``[terms, tensors]``."""
         return self.fan_in_power[:, None] * (fan_in.to(self.fan_in_power) / TYPICAL_FAN_IN).log()
 
+    def _falling(self, basis: Tensor) -> Tensor:
+        """What the time that is left makes of the coefficients, ``[terms, 1]``."""
+        adam = torch.tensor([[1.0]] + [[0.0]] * (len(TERMS) - 1), dtype=basis.dtype, device=basis.device)
+        left = ((1 - basis[1]) / 2).clamp(min=0)
+        return left ** (adam * self.fall.clamp(min=0))
+
     def _by_tensor(self, layout: Layout, basis: Tensor) -> tuple[Tensor, Tensor | None]:
         """Coefficients ``[terms, tensors]`` and those of the second stream ``[tensors]``."""
         roles = torch.tensor([role.role for role in layout.roles], device=basis.device)
         fan_in = torch.tensor([float(role.fan_in) for role in layout.roles], device=basis.device)
-        terms = (self._terms(basis)[:, roles] + self._fan_in(fan_in)).exp()
+        terms = (self._terms(basis)[:, roles] + self._fan_in(fan_in)).exp() * self._falling(basis)
         if self.factor_coefficient is None:
             return terms, None
         factors = COEFFICIENT_SPEED * (self.factor_coefficient @ basis)[roles]

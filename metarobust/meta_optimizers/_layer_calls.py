@@ -23,6 +23,7 @@ class LayerCall:
 
     layer: nn.Module
     weight: Tensor
+    bias: Tensor | None
     inputs: Tensor
     input_edge: GradientEdge
     output_edge: GradientEdge

@@ -62,8 +62,8 @@ class LSTMOptimizer(UpdateRule):
 
     Args:
         gradient_source: what the rule reads: ``"gradient+perturbed_factors"``, ``"gradient+adversarial_estimate"`` and
-            ``"gradient+adversarial_tangent"`` are two streams (:class:`metarobust.types.Streams`, see ``record_factors``), ``"gradient"`` is one. Stored in the checkpoint
-            and checked on use.
+            ``"gradient+adversarial_tangent"`` are two streams (:class:`metarobust.types.Streams`, see ``record_factors``),
+            ``"gradient"`` is one. Stored in the checkpoint and checked on use.
         hidden_size: LSTM units per coordinate.
         layers: stacked LSTM cells.
         preprocessing: ``"full"`` (log-sign, Adam, parameter, tensor and time features), ``"log_sign"`` or ``"multiply"``

@@ -1,7 +1,7 @@
 """What every parameter's second stream is summed from: one term per layer call, of either source."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class BalancedMoves:
 def scaled_terms(factors: list[Factors], wanted: set[int], threat_model: ThreatModel, mix_of: MixOf) -> Terms:
     """Every wanted weight with its gradient under the scaled worst move of its inputs."""
     for call, input_gradient, output_gradient in factors:
-        bias = cast("Tensor | None", call.layer.bias)
+        bias = call.bias
         if bias is not None and "bias" in call.hidden:
             ones = output_gradient.new_ones(len(output_gradient))
             yield bias, estimate.summed_like(bias.shape, call.layer, output_gradient, ones).to(bias.dtype)
@@ -94,7 +94,7 @@ def estimated_terms(factors: list[Factors], wanted: set[int], mix_of: MixOf, mov
     """Every wanted parameter of a recorded layer with the estimated change of its gradient."""
     more = moves.change.ratio - 1
     for call, input_gradient, output_gradient in factors:
-        bias = cast("Tensor | None", call.layer.bias)
+        bias = call.bias
         if bias is not None and id(bias) in wanted:
             mix = mix_of(bias, "bias" in call.hidden)
             weights = mix.clean + mix.change * more
