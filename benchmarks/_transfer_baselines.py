@@ -117,12 +117,12 @@ def sgd(learning_rate: float, shrinking: float = 0.0) -> Callable[[int], Gradien
     return rule
 
 
-def hand_set(first: float, others: float, *, falling: bool) -> Callable[[int], GradientTransformation]:
-    """Adam at 0.003 on g + c h."""
+def hand_set(first: float, others: float, *, falling: bool, rate: float = 3e-3) -> Callable[[int], GradientTransformation]:
+    """Adam on g + c h for weights, on g for biases and normalisations."""
 
     def rule(steps: int) -> GradientTransformation:
-        rate = linear_schedule(3e-3, 0.0, steps) if falling else 3e-3
-        return torchopt.chain(combine_factors(first=first, others=others, stacked=True), torchopt.adam(rate))
+        combined = combine_factors(first=first, others=others, biases=0.0, stacked=True)
+        return torchopt.chain(combined, torchopt.adam(linear_schedule(rate, 0.0, steps) if falling else rate))
 
     return rule
 

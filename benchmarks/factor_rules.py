@@ -7,9 +7,11 @@ A layer's weight gradient is the product of its input a and the gradient d at it
 takes both from x', a' and d'. The rows mix them: a' with d, a with d', both; "the hand-set rule" and the "balanced" moves
 estimate a' from the pass at x alone. A balanced move is sized for each example so that every layer sees the same first-order
 rise of the loss as the input does under its worst move, 1.5 epsilon here: along the sign of the gradient, along the gradient,
-or along the sign in proportion to |a|. "The estimate" is the library's: balanced moves along the gradient, and predictions that
-change with them (metarobust/meta_optimizers/_adversarial_estimate.py). The inputs of normalisations are not moved, except in
-the row that says so. Digits: a CNN 8-16, 100 training images, 200 steps. Fashion-MNIST: a residual network 8-16-32 with group
+or along the sign in proportion to |a|. "The estimate" is the library's: balanced moves along the sign, and predictions that
+change with them (metarobust/meta_optimizers/_adversarial_estimate.py). "Tangents" are the library's too: a' to first order, at
+inputs with noise, biases and normalisations left to the clean gradient (_adversarial_tangent.py). The inputs of normalisations
+are not moved in rows other than these, except in the one that says so. Digits: a CNN 8-16, 100 training images, 200 steps.
+Fashion-MNIST: a residual network 8-16-32 with group
 normalisation, 2,000 training images, 400 steps, the learning rate falling to zero. Adam at 0.003 for all rows, l_inf 0.1;
 judged on 400 (300) images that are neither training nor test images by PGD-30 on cross-entropy and on the margin, worst of
 both. Passes of a step: a forward pass, a backward pass in the inputs, and one in the weights count a third each.
@@ -30,6 +32,7 @@ from benchmarks._common import write
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, load, load_digits, split
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
+from metarobust.meta_optimizers import _adversarial_tangent as tangent
 from metarobust.meta_optimizers import record_factors
 from metarobust.models import cnn, residual_network
 from metarobust.threat_models import ThreatModel
@@ -123,6 +126,20 @@ def estimated(direction: str, size: float = 1.5, inner: float = 0.15, *, gains: 
     return fill_gradients
 
 
+def tangents(*, noise: bool = True, biases: bool = False) -> Rule:
+    """g + h by the library's tangents; without the noise; with the h of biases and normalisations."""
+
+    def fill_gradients(model: nn.Module, x: Tensor, y: Tensor, draw: torch.Generator) -> None:
+        size = tangent.NOISE if noise else 0.0
+        watched = record_factors(model, threat_model=BALL, source="gradient+adversarial_tangent", generator=draw)
+        with patch.object(tangent, "NOISE", size), watched as recorder:
+            _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
+        for p, clean, change in zip(model.parameters(), g, h, strict=True):
+            p.grad = clean + change if biases or p.dim() > 1 else clean
+
+    return fill_gradients
+
+
 def library(*, ratio: bool = True, shortened: bool = True) -> Rule:
     """g + h of the library's estimate; without the ratio, the prediction stays as it is; or every move is made to its end."""
 
@@ -164,6 +181,9 @@ RULES: dict[str, tuple[float, Rule]] = {
     "estimate, the prediction unchanged": (1.0, library(ratio=False)),
     "estimate, moves not shortened": (1.0, library(shortened=False)),
     "estimate": (1.0, library()),
+    "tangents, no noise": (4 / 3, tangents(noise=False)),
+    "tangents, biases and normalisations too": (4 / 3, tangents(biases=True)),
+    "tangents": (4 / 3, tangents()),
     "FGSM training, random start": (5 / 3, adversarial(1, step_size=1.25 * BALL.epsilon)),
     "PGD-5 training": (13 / 3, adversarial(5)),
 }

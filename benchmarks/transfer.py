@@ -6,11 +6,11 @@
 
 Every target is a network and a number of training images. Each method trains one copy of it per seed, on that seed's own
 images; its settings are chosen by robust accuracy on validation images (PGD-20 on cross-entropy and on the margin), and the
-chosen one is judged once, on test images, by the standard protocol of `evaluate`. Three methods have nothing to choose: the
-shipped meta-optimizer and the two rules set by hand. A pass is one forward and one backward pass of one batch: a third each for
+chosen one is judged once, on test images, by the standard protocol of `evaluate`. Four methods have nothing to choose: the
+shipped meta-optimizer and the three rules set by hand. A pass is one forward and one backward pass of one batch: a third each for
 the forward pass, for the gradients of activations and for those of weights; a rule that follows g + c h takes one pass per step,
-with the combined gradient of `record_factors`. FGSM training and free training get as many passes as the learned rule. Runs end
-up in transfer.jsonl, one line each; what is there already is not run again.
+with the combined gradient of `record_factors`, and 4/3 with tangents. All of these, FGSM training and free training get the same
+number of passes. Runs end up in transfer.jsonl, one line each; what is there already is not run again.
 """
 
 import argparse
@@ -44,7 +44,8 @@ from metarobust.meta_optimizers._transformation import reading_streams
 from metarobust.models import cnn, mlp, residual_network
 from metarobust.threat_models import ThreatModel
 
-ESTIMATE = "gradient+adversarial_estimate"
+ESTIMATE, TANGENT = "gradient+adversarial_estimate", "gradient+adversarial_tangent"
+BY_HAND = ("tangents, by hand", "estimate, by hand", "scaled factors, by hand")
 SHIPPED = "robust-small-v1"
 ONE_PASS = (4 / 3,)
 """Steps, as a share of the target's, of a rule that takes one pass per step."""
@@ -52,7 +53,7 @@ ONE_PASS = (4 / 3,)
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A network, its training images, and the steps of PGD training; the learned rule gets 4/3 of them."""
+    """A network, its training images, and the steps of PGD training; the learned rule gets 4/3 as many passes."""
 
     data: str
     build: Callable[[], nn.Module]
@@ -145,11 +146,12 @@ def train_paper_code(path: Path) -> None:
 
 def candidates(target: Target, extra: dict[str, str]) -> dict[str, list[Candidate]]:
     """Every method with the settings it may choose from, at least one."""
-    estimated, scaled = {"source": ESTIMATE}, {"source": "gradient+perturbed_factors"}
+    tangents, estimated, scaled = {"source": TANGENT}, {"source": ESTIMATE}, {"source": "gradient+perturbed_factors"}
     threat_model = ThreatModel(epsilon=target.epsilon)
     return {
         SHIPPED: learned(SHIPPED),
         **{name: learned(file) for name, file in extra.items()},
+        "tangents, by hand": [Candidate({}, hand_set(1.2, 1.2, falling=True, rate=4e-3), (1.0,), 4 / 3, options=tangents)],
         "estimate, by hand": [Candidate({}, hand_set(1.4, 1.4, falling=True), ONE_PASS, options=estimated)],
         "scaled factors, by hand": [Candidate({}, hand_set(1.5, 0.15, falling=False), ONE_PASS, options=scaled)],
         **baselines(threat_model, small=target.short_grid),
@@ -252,7 +254,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def bars(out: Path) -> str:
     """One line per target that is complete: what the shipped optimizer reaches, between what and what, and its bar."""
-    shown = (SHIPPED, "estimate, by hand", "scaled factors, by hand", *AT_EQUAL_PASSES, "PGD-5 training")
+    shown = (SHIPPED, *BY_HAND, *AT_EQUAL_PASSES, "PGD-5 training")
     lines = ["| target | best clean baseline | " + " | ".join(shown) + " | share (bar) |", "|---" * (3 + len(shown)) + "|"]
     for name, target in TARGETS.items():
         here = {row["method"]: row["reports"] for row in read(out) if row["target"] == name}

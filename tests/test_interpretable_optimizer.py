@@ -209,3 +209,12 @@ def test_bad_questions() -> None:
         rule.coefficients(role="bias", fan_in=1, time=-1.0)
     with pytest.raises(ValueError, match="gradient_source must be one with a second stream"):
         rule.shift_factor_coefficients(first=1.0, others=1.0)
+
+
+def test_a_file_from_before_the_learning_rate_could_fall_is_the_same_rule() -> None:
+    rule = rule_with(2)
+    older = {name: p for name, p in rule.state_dict().items() if name != "fall"}
+    found = InterpretableOptimizer().double()
+    found.load_state_dict(older)
+    assert found.fall.item() == 0.0
+    assert torch.equal(found.log_coefficient, rule.log_coefficient)

@@ -141,7 +141,7 @@ def test_the_search_leaves_a_rule_that_loads(shell: Shell) -> None:
     assert in_folder() == ["rule.json", "rule.safetensors"]
     rule, record = load_optimizer("rule.safetensors"), read("rule.json")
     assert isinstance(rule, InterpretableOptimizer)
-    assert rule.gradient_source == "gradient+adversarial_estimate"
+    assert rule.gradient_source == "gradient+adversarial_tangent"
     tasks = {"data": ["digits"], "architectures": ["mlp:4"], "examples": [20, 30], "epsilon": [0.05, 0.15], "norm": "linf",
              "meta_loss": "pgd", "copies": 1}  # fmt: skip
     assert rule.record["tasks"] == record["tasks"] == tasks
@@ -195,7 +195,7 @@ def test_meta_losses_are_learned_from(shell: Shell, flags: dict[str, Any]) -> No
     assert (code, err) == (0, "")
     rule, record = load_optimizer("rule.safetensors"), read("rule.json")
     assert isinstance(rule, LSTMOptimizer if flags.get("rule") == "lstm" else InterpretableOptimizer)
-    assert rule.gradient_source == flags.get("gradient_source", "gradient+adversarial_estimate")
+    assert rule.gradient_source == flags.get("gradient_source", "gradient+adversarial_tangent")
     assert rule.record["meta_training"]["estimator"] == flags.get("estimator", "second-order").replace("-", "_")
     assert len(record["history"]) == 2
     assert all(0 < loss < 10 for loss in record["history"])
@@ -299,6 +299,7 @@ def test_a_cnn_is_left_out_where_images_are_not_square() -> None:
         ("gradient", None, None),
         ("gradient+perturbed_factors", 1.5, 0.15),
         ("gradient+adversarial_estimate", 1.0, 1.0),
+        ("gradient+adversarial_tangent", 1.0, 1.0),
     ],
 )
 def test_where_an_interpretable_rule_starts(source: Any, first: float | None, others: float | None) -> None:
@@ -308,6 +309,7 @@ def test_where_an_interpretable_rule_starts(source: Any, first: float | None, ot
         found = [rule.coefficients(role=role, fan_in=64, time=time) for time in (0.0, 0.5, 1.0)]
         assert found[1].get("factor") == (None if factor is None else pytest.approx(factor))
         assert found[0]["adam"] > found[1]["adam"] > found[2]["adam"]
+        assert rule.coefficients(role="bias", fan_in=64, time=0.5).get("factor", 0.0) == 0.0
         assert found[1]["adam"] == pytest.approx(0.003)
         assert found[1]["l1"] == pytest.approx(2e-5 if role.startswith("first") else 1e-6)
         assert found[1]["l2"] == pytest.approx(1e-5)

@@ -108,13 +108,13 @@ def test_a_robust_objective_as_the_meta_loss(objective: type) -> None:
     expected = values.reshape(2, -1).mean(1) if isinstance(values, torch.Tensor) else values.loss.expand(2)
     torch.testing.assert_close(losses, expected)
     assert all(g.isfinite().all() for g in torch.autograd.grad(losses.sum(), parameters))
-    rule = InterpretableOptimizer(gradient_source="gradient+adversarial_estimate")
+    rule = InterpretableOptimizer(gradient_source="gradient+adversarial_tangent")
     distribution = replace(TASKS, meta_objective=make)
     assert len(meta_train(rule, distribution, iterations=2, total_steps=4, unroll=2, slots=2, report=lambda *_: None).losses) == 2
 
 
 def test_knobs_turn_what_their_names_say() -> None:
-    rule = InterpretableOptimizer(gradient_source="gradient+adversarial_estimate")
+    rule = InterpretableOptimizer(gradient_source="gradient+adversarial_tangent")
     before = {t: rule.coefficients(role="first dense", fan_in=64, time=t) for t in (0.0, 1.0)}
     rule.turn({"learning rate": 0.7, "learning rate, slope": -0.3, "weight decay": 2.0, "l1, first": 1.0, "factor, first": 0.5})
     rule.turn({"factor, first, slope": 0.2, "factor, biases and normalisations": -0.4})
@@ -156,7 +156,7 @@ def search(rule: InterpretableOptimizer, path: Path | None = None, stop: int | N
 
 
 def fresh() -> InterpretableOptimizer:
-    return InterpretableOptimizer(gradient_source="gradient+adversarial_estimate")
+    return InterpretableOptimizer(gradient_source="gradient+adversarial_tangent")
 
 
 def test_an_interrupted_search_leaves_the_rule_and_goes_on_bit_by_bit(tmp_path: Path) -> None:

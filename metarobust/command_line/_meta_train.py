@@ -53,10 +53,11 @@ class MetaTrain:
     """Norm of the ball."""
     rule: Literal["interpretable", "lstm"] = "interpretable"
     """What learns: some dozen named coefficients, or a small recurrent network for each coordinate."""
-    gradient_source: Literal["gradient", "gradient+perturbed_factors", "gradient+adversarial_estimate"] = (
-        "gradient+adversarial_estimate"
-    )
-    """What the rule reads: the gradient alone, or beside it a second stream from the same clean pass."""
+    gradient_source: Literal[
+        "gradient", "gradient+perturbed_factors", "gradient+adversarial_estimate", "gradient+adversarial_tangent"
+    ] = "gradient+adversarial_tangent"
+    """What the rule reads: the gradient alone, or beside it a second stream, from the same clean pass or (tangent, which is
+    better) with a third of a pass more."""
     estimator: Literal["search", "second-order", "first-order", "pes"] = "search"
     """How the rule is moved: a search that trains whole runs (interpretable only), back-propagation through windows of the
     training (second-order, or first-order, which is cheaper and worse), or persistent evolution strategies."""

@@ -183,8 +183,9 @@ def starting_rule(flags: "MetaTrain") -> InterpretableOptimizer | LSTMOptimizer:
     rule = InterpretableOptimizer(gradient_source=flags.gradient_source)
     rule.turn({"learning rate, slope": -1.0, "weight decay": math.log(10), "l1, first": math.log(20)})
     if rule.two_streams:
-        estimated = flags.gradient_source == "gradient+adversarial_estimate"
-        rule.shift_factor_coefficients(first=1.0 if estimated else 1.5, others=1.0 if estimated else 0.15)
+        first, others = (1.5, 0.15) if flags.gradient_source == "gradient+perturbed_factors" else (1.0, 1.0)
+        # Biases are left to the gradient: docs/transfer.md.
+        rule.turn({"factor, first": first, "factor, inner": others, "factor, last": others})
     return rule
 
 

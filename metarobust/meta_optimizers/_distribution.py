@@ -63,7 +63,7 @@ class TaskDistribution:
     epsilon: tuple[float, float] = (0.05, 0.15)
     norm: str = "linf"
     box: tuple[float, float] = (0.0, 1.0)
-    source: str | None = "gradient+adversarial_estimate"
+    source: str | None = "gradient+adversarial_tangent"
     attack: Callable[[ThreatModel], Attack] | None = pgd_5
     meta_objective: Callable[[ThreatModel], RobustLoss] | None = None
     copies: int = 4
@@ -108,7 +108,7 @@ class TaskDistribution:
             dataset=pool,
             subsets=torch.stack([tasks.sample_indices(generator) for _ in range(self.copies)]),
             threat_model=None if self.source is None else ball,
-            source=self.source or "gradient+adversarial_estimate",
+            source=self.source or "gradient+adversarial_tangent",
             meta_attack=None if self.attack is None else self.attack(ball),
             meta_objective=None if self.meta_objective is None else self.meta_objective(ball),
             batch_size=self.batch_size,

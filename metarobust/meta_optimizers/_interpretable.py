@@ -102,6 +102,10 @@ class InterpretableOptimizer(UpdateRule):
 
     initial: Tensor
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}fall", torch.zeros_like(self.fall))  # files of earlier versions have no such term
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def initial_state(self, rows: Tensor) -> InterpretableState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""
         return InterpretableState(torch.zeros_like(rows), torch.zeros_like(rows), torch.zeros((), dtype=torch.int64))

@@ -65,7 +65,7 @@ def gradients_only() -> GradientTransformation:
     return GradientTransformation(cast("Any", lambda params: EmptyState()), cast("Any", update))
 
 
-def combine_factors(*, first: float, others: float, stacked: bool = False) -> GradientTransformation:
+def combine_factors(*, first: float, others: float, biases: float | None = None, stacked: bool = False) -> GradientTransformation:
     """The hand-set factor rule: one stream ``g + first * h`` for the first weight tensor, ``g + others * h`` for the others.
 
     Chain it with an optimizer: ``torchopt.chain(combine_factors(first=1.5, others=0.15), torchopt.adam(3e-3))``.
@@ -73,6 +73,7 @@ def combine_factors(*, first: float, others: float, stacked: bool = False) -> Gr
     Args:
         first: coefficient of the first layer, in multiples of the threat model's epsilon.
         others: coefficient of every later layer, relative to its activation scale.
+        biases: coefficient of biases and normalisations; default: ``others``.
         stacked: whether the first axis of every tensor counts independent copies.
     """
 
@@ -81,7 +82,11 @@ def combine_factors(*, first: float, others: float, stacked: bool = False) -> Gr
             remedy = "compute them with metarobust.meta_optimizers.factor_gradients"
             raise TypeError(message("updates", "Streams", type(updates).__name__, remedy))
         roles = tensor_roles([g.shape[1:] if stacked else g.shape for g in updates.gradients])
-        coefficients = [first if ROLES[role.role].startswith("first") else others for role in roles]
+        small = {"bias", "normalisation"} if biases is not None else set()
+        coefficients = [
+            cast("float", biases) if name in small else first if name.startswith("first") else others
+            for name in (ROLES[role.role] for role in roles)
+        ]
         streams = zip(updates.gradients, updates.perturbed_factors, coefficients, strict=True)
         return tuple(torch.add(g, h, alpha=c) for g, h, c in streams), state
 
