@@ -65,14 +65,15 @@ class Tangents(NamedTuple):
         )
 
     def _combined(self, moved: Tensor, there: Tensor, mix: Mix) -> Tensor:
+        # In two passes over memory. The step is so long that the terms with 1 / step cancel to well above their rounding.
         ratio, reach = self.change
-        there = there if moved.requires_grad else there.detach()
-        along = per_example((mix.change / self.step * ratio * reach).to(there.dtype), there)
-        kept = per_example((mix.clean + mix.change * (ratio - 1)).to(there.dtype), there)
-        difference = moved.to(there.dtype) - there
-        if difference.requires_grad or kept.requires_grad:
-            return torch.addcmul(difference * along, there, kept)
-        return difference.mul_(along).addcmul_(there, kept)
+        along = mix.change / self.step * ratio * reach
+        kept = mix.clean + mix.change * (ratio - 1) - along
+        along, kept = (per_example(values.to(there.dtype), there) for values in (along, kept))
+        changed = moved.to(there.dtype) * along
+        if changed.requires_grad or kept.requires_grad:
+            return torch.addcmul(changed, there, kept)
+        return changed.addcmul_(there.detach(), kept)
 
 
 class SecondForward:

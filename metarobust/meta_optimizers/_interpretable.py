@@ -47,6 +47,11 @@ class InterpretableState(NamedTuple):
         return cls(found["momentum"], found["square"], torch.as_tensor(found["step"], dtype=torch.int64))
 
 
+def _without_fall(rule: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Files of earlier versions have no such term."""
+    state.setdefault(f"{prefix}fall", torch.zeros_like(cast("InterpretableOptimizer", rule).fall))
+
+
 class InterpretableOptimizer(UpdateRule):
     r"""A learned update rule of four terms on the combined stream :math:`u = g + c_r(\tau)\, h`,
 
@@ -99,12 +104,9 @@ class InterpretableOptimizer(UpdateRule):
         self.fall = nn.Parameter(torch.zeros(()))
         self.factor_coefficient = nn.Parameter(torch.zeros(len(ROLES), 3)) if self.two_streams else None
         self.normalised_factor = nn.Parameter(torch.zeros(())) if self.two_streams else None
+        self.register_load_state_dict_pre_hook(_without_fall)
 
     initial: Tensor
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        state_dict.setdefault(f"{prefix}fall", torch.zeros_like(self.fall))  # files of earlier versions have no such term
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def initial_state(self, rows: Tensor) -> InterpretableState:
         """The state before the first step, for parameters ``rows [copies, coordinates]``."""
