@@ -151,7 +151,9 @@ class FactorRecorder:
             "no recorded layer call",
             "call the model inside the block, under enabled gradients",
         )
-        edges = [edge for call in self._calls for edge in (call.input_edge, call.output_edge)]
+        edges = [call.output_edge for call in self._calls]
+        if self._second is None:  # tangents need no gradients at the inputs of layers
+            edges += [call.input_edge for call in self._calls]
         ends = [] if self._logits is None else [get_gradient_edge(self._logits)]
         if self._second is not None and self._second.input_edge is not None:
             ends.append(self._second.input_edge)
@@ -168,9 +170,11 @@ class FactorRecorder:
     ) -> dict[int, Tensor]:
         """What the factors give, from autograd's gradients at each layer's input and output, and at logits and input."""
         count = len(self._calls)
-        ends = found[2 * count :]
-        pairs = zip(self._calls, found[: 2 * count : 2], found[1 : 2 * count : 2], strict=True)
-        factors = [Factors(call, a, d) for call, a, d in pairs if a is not None and d is not None]
+        outputs, inputs, ends = found[:count], found[count : 2 * count], found[2 * count :]
+        if self._second is not None:
+            inputs, ends = outputs, found[count:]  # what stands for gradients at inputs is not read
+        triples = zip(self._calls, inputs, outputs, strict=True)
+        factors = [Factors(call, a, d) for call, a, d in triples if a is not None and d is not None]
         whole = all(call.inputs._version == call.version for call, *_ in factors)
         remedy = "write the operation behind a layer out of place"
         require(whole, "model", "such that a layer's input stays as the layer read it", "one changed in place", remedy)
