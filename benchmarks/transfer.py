@@ -119,11 +119,12 @@ def parts(data: str) -> tuple[LabelledImages, LabelledImages | None, LabelledIma
     return pool, choosing, judging
 
 
-def learned(name: str) -> list[Candidate]:
-    """A meta-optimizer that came with the package or lies in a file: nothing to choose."""
+def learned(name: str, *, longer: float = 1.0) -> list[Candidate]:
+    """A meta-optimizer that came with the package or lies in a file: nothing to choose; ``longer``: that many times the steps."""
     rule = load_optimizer(name)
     options = {"source": rule.gradient_source} if rule.two_streams else {}
     shares = ONE_PASS if rule.passes_per_step == 1.0 else (1.0,)
+    shares = tuple(longer * share for share in shares)
     return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), shares, rule.passes_per_step, options=options)]
 
 
@@ -150,6 +151,7 @@ def candidates(target: Target, extra: dict[str, str]) -> dict[str, list[Candidat
     threat_model = ThreatModel(epsilon=target.epsilon)
     return {
         SHIPPED: learned(SHIPPED),
+        **({} if target.short_grid else {f"{SHIPPED}, 3 times the steps": learned(SHIPPED, longer=3.0)}),
         **{name: learned(file) for name, file in extra.items()},
         "tangents, by hand": [Candidate({}, hand_set(1.2, 1.2, falling=True, rate=4e-3), (1.0,), 4 / 3, options=tangents)],
         "estimate, by hand": [Candidate({}, hand_set(1.4, 1.4, falling=True), ONE_PASS, options=estimated)],

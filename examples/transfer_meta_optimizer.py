@@ -5,7 +5,8 @@
     uv run python examples/transfer_meta_optimizer.py --quick               # a few seconds, smoke test
 
 The comparison is Adam on the same clean examples, and adversarial training with PGD-5, which takes more than three times the
-passes. All three are judged by the standard protocol on test images. docs/transfer.md has the same over seeds, with tuned baselines.
+passes. All three are judged by the standard protocol on test images. docs/transfer.md has the same over seeds, with tuned
+baselines.
 """
 
 import argparse
