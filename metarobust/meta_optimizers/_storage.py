@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> MetaOptimizer:
         ...     load(path).settings["hidden_size"]
         4
         >>> load("robust-small-v1").gradient_source
-        'gradient+adversarial_estimate'
+        'gradient+adversarial_tangent'
     """
     if path in TRAINED:
         path = Path(__file__).parent / "trained" / f"{path}.safetensors"
