@@ -20,7 +20,7 @@ all layers, so that the best wrong class comes to lead the label by no more than
 patterns and normalisations below the logits.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from metarobust._checks import require
 from metarobust._tensors import per_example
-from metarobust.meta_optimizers._layer_calls import Mix
+from metarobust.meta_optimizers._layer_calls import LayerCall, Mix
 from metarobust.models._stacked import StackedAffine, StackedConv2d
 
 REACH = 1.25
@@ -105,13 +105,6 @@ def changed_input(inputs: Tensor, move: Tensor, change: Change, mix: Mix) -> Ten
 
 def changed_factor(inputs: Tensor, gradient: Tensor, rise: Tensor, change: Change, norm: str, mix: Mix) -> Tensor:
     """The same of a later layer, for its balanced move."""
-    require(
-        len(gradient) == len(rise),
-        "model",
-        "such that every layer keeps one row per example",
-        f"a layer with {len(gradient)} rows for {len(rise)} examples",
-        "keep other axes apart, as in [batch, tokens, features]",
-    )
     rows = exact(gradient).flatten(1)
     slope = torch.linalg.vector_norm(rows, ord=1, dim=1) if norm == "linf" else rows.square().sum(1)
     size = mix.change * change.ratio * change.reach * rise / slope.clamp(min=_TINY)
@@ -145,8 +138,16 @@ def summed_like(shape: torch.Size, layer: nn.Module, values: Tensor, weights: Te
     return torch.einsum("cbmk,cb->ck", rows.reshape(*rows.shape[:2], -1, own), weights).reshape(shape)
 
 
-def normalized(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The input of a normalisation's gain, recomputed; running statistics stay as they are."""
+def statistics_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """What a BatchNorm normalises by just now, if not by the statistics of the batch."""
+    if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.training or layer.running_mean is None:
+        return None
+    return layer.running_mean, cast("Tensor", layer.running_var)
+
+
+def normalized(call: LayerCall, inputs: Tensor) -> Tensor:
+    """What the gain of a normalisation multiplies at these inputs, recomputed; running statistics stay as they are."""
+    layer = call.layer
     if isinstance(layer, StackedAffine):
         return layer.plain(inputs)
     if isinstance(layer, nn.GroupNorm):
@@ -154,6 +155,5 @@ def normalized(layer: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(inputs, layer.normalized_shape, eps=layer.eps)
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    if layer.training or layer.running_mean is None:
-        return F.batch_norm(inputs, None, None, training=True, eps=layer.eps)
-    return F.batch_norm(inputs, layer.running_mean, layer.running_var, training=False, eps=layer.eps)
+    mean, variance = call.statistics or (None, None)
+    return F.batch_norm(inputs, mean, variance, training=call.statistics is None, eps=layer.eps)

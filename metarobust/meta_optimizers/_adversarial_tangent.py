@@ -2,7 +2,8 @@ r"""How a worst move of the input spreads through a network, from another forwar
 
 The tangent of the activations along the worst move e of the input is a difference quotient over a small step :math:`\tau`,
 :math:`\dot a_l = (a_l(x + \tau e) - a_l(x)) / \tau`: a forward pass, a third of a pass, at an input that is a hundredth of the
-move away. It gives each layer's move, of which :mod:`._adversarial_estimate` knows one number, and the change of all logits,
+move away (in single precision; in half precision, and where float32 is rounded, as cuDNN does by default, the step is nearly the
+whole move). It gives each layer's move, of which :mod:`._adversarial_estimate` knows one number, and the change of all logits,
 
 .. math:: z' = z + s \dot z, \qquad r = (1 - p_y(z')) / (1 - p_y(z)),
 
@@ -41,8 +42,8 @@ LARGEST_RISE = 9.0
 """Of the logarithm of the label's missing probability, which keeps r finite in half precision."""
 BALANCE = 25.0
 """The step of a tangent, in roots of the rounding error: 0.01 of the move in single precision."""
-TENSOR_FLOAT = 2.0**-10
-"""Rounding error of convolutions and products of float32 on a GPU that rounds their factors."""
+ROUNDED_FACTORS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+"""Rounding error of products of float32, by torch.get_float32_matmul_precision(); "high" is also what cuDNN convolutions have."""
 
 _TINY = 1e-30
 
@@ -56,13 +57,13 @@ class Tangents(NamedTuple):
 
     def factor(self, call: LayerCall, input_gradient: Tensor, mix: Mix) -> Tensor:
         """``r (a + s e) - a`` of a layer's input a, mixed with a as ``mix`` says."""
-        return self._combined(self.inputs[call], call.inputs, mix)
+        # In the precision of the weight: r times an activation may be too large for that of autocast.
+        return self._combined(self.inputs[call], call.inputs.to(call.weight.dtype), mix)
 
     def gain(self, call: LayerCall, mix: Mix) -> Tensor:
         """The same of what the gain of a normalisation multiplies."""
-        return self._combined(
-            estimate.normalized(call.layer, self.inputs[call]), estimate.normalized(call.layer, call.inputs), mix
-        )
+        moved, there = (estimate.normalized(call, a) for a in (self.inputs[call], call.inputs))
+        return self._combined(moved, there.to(call.weight.dtype), mix)
 
     def _combined(self, moved: Tensor, there: Tensor, mix: Mix) -> Tensor:
         # In two passes over memory. The step is so long that the terms with 1 / step cancel to well above their rounding.
@@ -79,15 +80,17 @@ class Tangents(NamedTuple):
 class SecondForward:
     """The model's call of a recording block, and the same call again with its input moved.
 
-    Random numbers (dropout) are those of the first time, buffers (running statistics) stay as they are, and hooks of the user
-    run again.
+    The second time has the parameters, buffers, modes, autocast and random numbers (of torch's own generators) that the first one
+    had, and leaves buffers and generators as it found them. Hooks of the user run again.
     """
 
     def __init__(self, threat_model: ThreatModel, generator: torch.Generator | None) -> None:
         self.threat_model, self.generator = threat_model, generator
         self.running = False
         self._call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
-        self._tensors: dict[str, Tensor] = {}
+        self._parameters: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._modes: list[tuple[nn.Module, bool]] = []
         self._random: list[tuple[torch.device, Tensor]] = []
         self._autocast: tuple[bool, torch.dtype] = (False, torch.float32)
         self._seen: list[tuple[nn.Module, Tensor, int]] = []
@@ -95,22 +98,31 @@ class SecondForward:
     def before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Add noise to the model's input, make it a leaf, and keep what the call is made of; a forward pre-hook."""
+        """Add noise to the model's input and keep what the call is made of; a forward pre-hook."""
         if self.running or not torch.is_grad_enabled():
             return None
         remedy = "write model(x), with x its only or first argument"
         require(bool(args), "model", "called with its input as the first positional argument", "keywords alone", remedy)
         x, *rest = args
+        ball = self.threat_model
         # What reads anything but pixels would silently get a meaningless perturbation.
-        images(x, lower=self.threat_model.lower, upper=self.threat_model.upper, tolerance=1e-4)
-        wider = replace(self.threat_model, epsilon=NOISE * self.threat_model.epsilon)
-        noisy = wider.sample(x.detach(), generator=self.generator).requires_grad_()
+        images(x, lower=ball.lower, upper=ball.upper, tolerance=1e-4)
+        radius = NOISE * ball.epsilon if ball.norm == "l2" else min(NOISE * ball.epsilon, ball.upper - ball.lower)
+        clean = x.detach()
+        noisy = replace(ball, epsilon=radius).sample(clean, generator=self.generator)
+        # On the graph of x where it has one; a leaf otherwise, so that the backward pass reaches it.
+        noisy = x + (noisy - clean) if x.requires_grad else noisy.requires_grad_()
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self._call = (model, (noisy, *rest), kwargs)
-        self._tensors = dict(model.named_parameters())  # those of this call, which `functional_call` may have put there
+        # Those of this call, which `functional_call` may have put there; buffers as they are before the call changes them.
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        copies: dict[int, Tensor] = {}
+        named = model.named_buffers(remove_duplicate=False)
+        self._buffers = {name: copies.setdefault(id(buffer), buffer.clone()) for name, buffer in named}
+        self._modes = [(module, module.training) for module in model.modules()]
         self._autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
-        self._random = list(_random_states(x.device)) if model.training else []
-        return (noisy, *rest), kwargs
+        self._random = list(_random_states(x.device))
+        return (noisy.clone(), *rest), kwargs  # a model may write into its input
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """See what a layer reads in the second pass; a forward pre-hook."""
@@ -133,38 +145,51 @@ class SecondForward:
             input_gradient: loss gradient at the model's input.
         """
         assert self._call is not None
+        require(
+            input_gradient is not None, "model", "one through which the loss has a gradient at its input", "none",
+            'run frozen layers with gradients enabled, or take source="gradient+adversarial_estimate"',
+        )  # fmt: skip
         assert input_gradient is not None
-        model, (x, *rest), kwargs = self._call
-        x, enabled, dtype = x.detach(), *self._autocast
-        step = step_of(dtype if enabled else calls[0].weight.dtype, x.device)
-        ball = self.threat_model
+        (model, (x, *rest), kwargs), ball = self._call, self.threat_model
+        x = x.detach()
+        step = max(step_of(dtype, x.device) for dtype in {logits.dtype, *(call.inputs.dtype for call in calls)})
         move = torch.add(x, ball.ascent_direction(input_gradient), alpha=REACH * ball.epsilon).clamp(ball.lower, ball.upper) - x
+        moved = self._run(model, (torch.add(x, move, alpha=step), *rest), kwargs)
+        found = {call: self._seen[call.place - 1] for call in calls if call.place <= len(self._seen)}
         self._seen = []
-        with torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
-            moved = self._run(model, (torch.add(x, move, alpha=step), *rest), kwargs)
-        inputs = {call: self._seen[call.place - 1] for call in calls if call.place <= len(self._seen)}
-        same = len(inputs) == len(calls) and all(
-            layer is call.layer and a.shape == call.inputs.shape for call, (layer, a, _) in inputs.items()
+        same = len(found) == len(calls) and all(
+            layer is call.layer and a.shape == call.inputs.shape for call, (layer, a, _) in found.items()
         )
         require(same, "model", "one that calls the same layers in the same order each time", "other calls at the second time")
-        whole = all(a._version == version for _, a, version in inputs.values())
+        whole = all(a._version == version for _, a, version in found.values())
         remedy = "write the operation behind a layer out of place"
         require(whole, "model", "such that a layer's input stays as the layer read it", "one changed in place", remedy)
         change = tangent_change(logits, moved, logit_gradients, step)
-        return Tangents({call: a for call, (_, a, _) in inputs.items()}, step, change)
+        return Tangents({call: a for call, (_, a, _) in found.items()}, step, change)
 
     def _run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        buffers = {name: b.clone() for name, b in model.named_buffers()} if model.training else {}
-        present = list(_random_states(args[0].device)) if self._random else []
-        swapped = bool(buffers) or any(self._tensors[name] is not p for name, p in model.named_parameters())
-        self.running = True
+        present = list(_random_states(args[0].device))
+        modes = [(module, module.training) for module, _ in self._modes]
+        enabled, dtype = self._autocast
+        named = model.named_parameters(remove_duplicate=False)
+        swapped = bool(self._buffers) or any(self._parameters.get(name) is not p for name, p in named)
+        self.running, self._seen = True, []
         try:
+            _set_modes(self._modes)
             _set_random_states(self._random)
-            output = functional_call(model, self._tensors | buffers, args, kwargs) if swapped else model(*args, **kwargs)
+            with torch.autocast(args[0].device.type, dtype=dtype, enabled=enabled):
+                if not swapped:
+                    return cast("Tensor", model(*args, **kwargs))
+                everything = self._parameters | self._buffers
+                return cast("Tensor", functional_call(model, everything, args, kwargs, tie_weights=False))
         finally:
             self.running = False
+            _set_modes(modes)
             _set_random_states(present)
-        return cast("Tensor", output)
+
+    def release(self) -> None:
+        """Let go of everything that a recording kept."""
+        self._call, self._seen, self._parameters, self._buffers, self._modes = None, [], {}, {}, []
 
 
 def tangent_change(logits: Tensor, moved: Tensor, logit_gradients: Tensor, step: float) -> estimate.Change:
@@ -184,8 +209,12 @@ def tangent_change(logits: Tensor, moved: Tensor, logit_gradients: Tensor, step:
 def step_of(dtype: torch.dtype, device: torch.device) -> float:
     """The step of a tangent, as a share of the move: short enough for the curvature, long enough for rounding."""
     eps = torch.finfo(dtype).eps
-    if device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
-        eps = max(eps, TENSOR_FLOAT)
+    if dtype == torch.float32:  # whose factors some processors round
+        eps = max(eps, ROUNDED_FACTORS[torch.get_float32_matmul_precision()])
+        if device.type == "cuda":
+            conv = getattr(torch.backends.cudnn, "conv", None)  # in older versions of torch there is one switch for all
+            rounded = torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+            eps = max(eps, ROUNDED_FACTORS["high"] if rounded else 0.0)
     return min(1.0, BALANCE * eps**0.5)
 
 
@@ -206,3 +235,8 @@ def _set_random_states(states: Iterable[tuple[torch.device, Tensor]]) -> None:
             torch.cuda.set_rng_state(state, device)
         else:
             torch.set_rng_state(state)
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training

@@ -1,8 +1,8 @@
-r"""The perturbed-factor gradient: adversarial information from one clean forward-backward pass.
+r"""The second gradient stream: adversarial information from one forward-backward pass, or from a third more.
 
 A layer's weight gradient is a product of two factors that the clean backward pass already holds: the layer's input
-:math:`a` and the loss gradient at its output :math:`d`, :math:`g = \sum_i d_i \otimes a_i`. This module replaces the input
-factor by its first-order worst case and keeps :math:`d`:
+:math:`a` and the loss gradient at its output :math:`d`, :math:`g = \sum_i d_i \otimes a_i`. The perturbed-factor gradient
+replaces the input factor by its first-order worst case and keeps :math:`d`:
 
 .. math:: h = \sum_i d_i \otimes e_i
 
@@ -10,7 +10,9 @@ For the first layer :math:`e` is the worst move inside the threat model's ball a
 box, :math:`h` is exactly the derivative of :math:`\epsilon \|dL/dx\|_1` with respect to that layer's weight at fixed
 :math:`d`. For deeper layers :math:`e = \overline{|a|}\,\mathrm{sign}(dL/da)`, so that a coefficient of h is relative to the
 activation scale. No perturbed input is formed or forwarded and no attack is called; the cost is one extra weight gradient per
-layer. The closest relatives are YOPO (Zhang et al., 2019, arXiv 1905.00877) and input-gradient regularisation.
+layer. The closest relatives are YOPO (Zhang et al., 2019, arXiv 1905.00877) and input-gradient regularisation. The other two
+sources estimate how the gradient changes at adversarial examples: :mod:`._adversarial_estimate` from the same pass,
+:mod:`._adversarial_tangent` with another forward pass next to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,8 +52,9 @@ def record_factors(
             factor's scaled worst move. ``"gradient+adversarial_estimate"``: the estimated change of the gradient at the
             adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and normalisations have
             one too (docs/transfer.md). ``"gradient+adversarial_tangent"``: a better one, from the tangent of all activations
-            along the worst move of the input, by another forward pass at a hundredth of the move (a third of a pass); the
-            model's first argument gets uniform noise from the ball first, in both streams.
+            along the worst move of the input, by another forward pass a small step along it (a third of a pass; a hundredth of
+            the move in float32, nearly all of it in half precision and on GPUs that round float32). Both streams are taken at
+            inputs with uniform noise from a ball of twice the radius, which the model's first argument is given in the block.
         coefficients: c by parameter, for a rule that follows g + c h: ``backward`` then fills ``.grad`` with that sum, at one
             weight gradient per layer, that of the combined factor, where both streams take two. What changes ``.grad``
             afterwards, such as clipping, acts on the sum. Parameters that are left out get both streams.
@@ -59,12 +62,14 @@ def record_factors(
 
     Under ``DistributedDataParallel`` (pass the wrapped model) both streams are averaged over the processes; a model from
     ``torch.compile`` runs eagerly while it is watched. ``nn.MultiheadAttention`` calls no layer for its projections, whose second
-    stream stays zero; attention made of Linear layers is seen.
+    stream stays zero; attention made of Linear layers is seen. What a weight is computed from (``weight_norm``) has none either.
+    Tangents call the model twice, with the same random numbers if these are torch's.
 
     A ``GradScaler`` scales back ``.grad`` alone: use it with coefficients, or bfloat16, which needs none.
 
     Raises:
-        ValueError: on ``backward``, the first layer reads values outside the box (put ``Normalize`` first in the model).
+        ValueError: on ``backward``, the first layer reads values outside the box (put ``Normalize`` first in the model); with
+            tangents, the model does when it is called.
         RuntimeError: with coefficients, a plain ``loss.backward()`` of what was computed in the block.
 
     Example:
@@ -108,8 +113,7 @@ def record_factors(
     finally:
         for hook in hooks:
             hook.remove()
-        recorder._stand_ins.give_back_all()  # an interrupt runs no hooks
-        recorder._calls.clear()
+        recorder.release()
 
 
 def factor_gradients(
@@ -122,7 +126,7 @@ def factor_gradients(
     create_graph: bool = False,
     generator: torch.Generator | None = None,
 ) -> FactorGradients:
-    r"""Gradient and perturbed-factor gradient of a loss, from one clean forward-backward pass.
+    r"""Gradient and second stream of a loss, by default the perturbed-factor gradient.
 
     Args:
         model: any ``nn.Module``; its Linear and Conv layers are watched through hooks for the duration of the call.
@@ -136,7 +140,8 @@ def factor_gradients(
     Returns:
         ``FactorGradients(loss, gradients, perturbed_factor_gradients)``, entries in the order of the parameters. The second
         stream carries no coefficient: use it as ``g + c * h``, with ``c`` around 1.5 for the first layer (whose h is in input
-        units times epsilon) and around 0.15 for the others; with the adversarial estimate, around 1 for all.
+        units times epsilon) and around 0.15 for the others; with the adversarial estimate and tangents, around 1 for weights, and
+        with tangents 0 for biases and normalisations.
 
     Example:
         >>> import torch.nn.functional as F

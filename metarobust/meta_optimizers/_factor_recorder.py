@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metarobust._checks import message, require
 from metarobust._processes import processes, summed
+from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._adversarial_tangent import SecondForward
 from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient, by_identity, summed_parts
 from metarobust.meta_optimizers._layer_calls import LAYERS, Factors, LayerCall, Mix
@@ -49,19 +50,23 @@ class FactorRecorder:
         self._second = SecondForward(threat_model, generator) if tangents else None
         self._stand_ins = StandIns(self.coefficients)
         self._logits: Tensor | None = None
+        self._logits_version, self._inside = 0, False
         self._recording = True
         self._normalized: tuple[Normalize, Tensor] | None = None
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._second is None or not self._recording:
             return None
-        self._place = 0
+        self._place, self._inside = 0, True
         return self._second.before_model(model, args, kwargs)
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._second is not None and self._second.running:
             self._second.before_layer(layer, args)
             return None
+        if self._second is not None and self._recording and torch.is_grad_enabled():
+            remedy = "call the model itself inside the block, not its parts, and other models outside of it"
+            require(self._inside, "loss", "computed from the model's output", "a layer called by itself", remedy)
         self._place += self._recording
         self._places[layer] = self._place  # a layer may hold another
         if not args:
@@ -104,20 +109,22 @@ class FactorRecorder:
                 hidden,
                 inputs._version,
                 self._places[layer],
+                estimate.statistics_of(layer),
             )
         )
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._recording:
             return
+        self._inside = False
         if isinstance(output, Tensor) and not output.requires_grad:
             return  # a look at the predictions, not what the loss is made of
         remedy = "open a block for each call; their streams add up"
         require(self._logits is None, "model", "called once inside the recording block", "a second call", remedy)
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        good = isinstance(output, Tensor) and output.dim() == 2
-        require(good, "model", f"one that returns logits [batch, classes] for source {self.source!r}", shape)
-        self._logits = output
+        good = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+        require(good, "model", f"one that returns logits [batch, classes], of two classes or more, for {self.source!r}", shape)
+        self._logits, self._logits_version = output, output._version
 
     def _after_normalize(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normalized = (cast("Normalize", layer), output)
@@ -178,6 +185,8 @@ class FactorRecorder:
         whole = all(call.inputs._version == call.version for call, *_ in factors)
         remedy = "write the operation behind a layer out of place"
         require(whole, "model", "such that a layer's input stays as the layer read it", "one changed in place", remedy)
+        if not factors:  # no layer on the way to the loss
+            return {}
         wanted = {id(p) for p in targets}
         added: dict[int, Tensor] = {}
         with torch.set_grad_enabled(create_graph), torch.autocast(self._calls[0].inputs.device.type, enabled=False):
@@ -192,6 +201,8 @@ class FactorRecorder:
                 if self._second is None:
                     moves = BalancedMoves(factors, self._logits, slopes, self.threat_model)
                 else:
+                    same, remedy = self._logits._version == self._logits_version, "write logits = logits / 2, not logits /= 2"
+                    require(same, "model's output", "left as the model returned it", "one changed in place", remedy)
                     moves = self._second.tangents([f.call for f in factors], self._logits, slopes, ends[1])
                 terms = estimated_terms(factors, wanted, self._mix, moves)
             for p, h in terms:
@@ -226,6 +237,14 @@ class FactorRecorder:
             cast("Any", p).perturbed_factor_origin = Origin(
                 p.grad, p.grad._version, self.threat_model, self.source, id(p) in given
             )
+
+    def release(self) -> None:
+        """Let go of what was recorded, once the block is over."""
+        self._calls.clear()
+        self._logits, self._normalized = None, None
+        self._stand_ins.give_back_all()  # an interrupt runs no hooks
+        if self._second is not None:
+            self._second.release()
 
     def _mix(self, p: Tensor, hidden: bool) -> Mix:
         """How much of the clean factor and of its change this parameter's term is made of."""

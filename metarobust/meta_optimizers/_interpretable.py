@@ -21,6 +21,8 @@ INITIAL = {"momentum": 1e-3, "l2": 1e-6, "l1": 1e-6}
 LOG_SPEED = 4.0
 """Logarithms of coefficients are stored divided by this: within some hundred steps of 0.005 they may cross several decades."""
 TYPICAL_FAN_IN = 64.0
+LEAST_LEFT = 1e-6
+"""Of the time, in the power that the learning rate falls by: with zero, a power of zero would be no limit of others."""
 SHRINK_SCALE = 10.0
 """The L1 term has half its strength on weights of 1/10 of the size at which a layer is initialised, and fades out below."""
 
@@ -299,8 +301,9 @@ class InterpretableOptimizer(UpdateRule):
     def _falling(self, basis: Tensor) -> Tensor:
         """What the time that is left makes of the coefficients, ``[terms, 1]``."""
         adam = torch.tensor([[1.0]] + [[0.0]] * (len(TERMS) - 1), dtype=basis.dtype, device=basis.device)
-        left = ((1 - basis[1]) / 2).clamp(min=0)
-        return left ** (adam * self.fall.clamp(min=0))
+        left = ((1 - basis[1]) / 2).clamp(min=LEAST_LEFT)
+        power = torch.where(self.fall >= 0, self.fall, 0.0)  # whose derivative at zero, where it starts, is not zero
+        return left ** (adam * power)
 
     def _by_tensor(self, layout: Layout, basis: Tensor) -> tuple[Tensor, Tensor | None]:
         """Coefficients ``[terms, tensors]`` and those of the second stream ``[tensors]``."""

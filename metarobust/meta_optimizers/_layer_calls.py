@@ -36,6 +36,8 @@ class LayerCall:
     """Of the input, when the layer read it."""
     place: int = 0
     """Among all layer calls of the forward pass, from 1."""
+    statistics: tuple[Tensor, Tensor] | None = None
+    """Running mean and variance that a BatchNorm used in this call; None for those of the batch, and for other layers."""
 
 
 class Mix(NamedTuple):

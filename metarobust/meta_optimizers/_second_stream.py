@@ -1,4 +1,4 @@
-"""What every parameter's second stream is summed from: one term per layer call, of either source."""
+"""What every parameter's second stream is summed from: one term per layer call, of any source."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metarobust._checks import require
 from metarobust._tensors import per_example
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._layer_calls import (
@@ -53,13 +54,15 @@ class BalancedMoves:
 
     def factor(self, call: LayerCall, input_gradient: Tensor, mix: Mix) -> Tensor:
         """See :class:`Moves`."""
+        # In the precision of the weight: r times an activation may be too large for that of autocast.
+        inputs = call.inputs.to(call.weight.dtype)
         if call.first:
-            return estimate.changed_input(call.inputs, self._moves[call], self.change, mix)
-        return estimate.changed_factor(call.inputs, input_gradient, self._rise, self.change, self._norm, mix)
+            return estimate.changed_input(inputs, self._moves[call], self.change, mix)
+        return estimate.changed_factor(inputs, input_gradient, self._rise, self.change, self._norm, mix)
 
     def gain(self, call: LayerCall, mix: Mix) -> Tensor:
         """See :class:`Moves`: it stays as it is and counts as much more as the example does."""
-        clean = estimate.normalized(call.layer, call.inputs)
+        clean = estimate.normalized(call, call.inputs)
         return clean * per_example((mix.change * (self.change.ratio - 1)).to(clean.dtype), clean)
 
 
@@ -94,6 +97,10 @@ def estimated_terms(factors: list[Factors], wanted: set[int], mix_of: MixOf, mov
     """Every wanted parameter of a recorded layer with the estimated change of its gradient."""
     more = moves.change.ratio - 1
     for call, input_gradient, output_gradient in factors:
+        rows = len(call.inputs)
+        remedy = "keep other axes apart, as in [batch, tokens, features]"
+        got = f"a layer with {rows} rows for {len(more)} examples"
+        require(rows == len(more), "model", "such that every layer keeps one row per example", got, remedy)
         bias = call.bias
         if bias is not None and id(bias) in wanted:
             mix = mix_of(bias, "bias" in call.hidden)
