@@ -42,6 +42,18 @@ def metarobust(*arguments: str, cwd: Path | None = None) -> subprocess.Completed
     )
 
 
+def test_a_reader_that_stops_is_no_failure() -> None:
+    code = "import sys; from metarobust.command_line._main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()  # before anything is written
+        said = running.stderr.read()
+    assert said == ""
+    assert running.returncode == 141
+
+
 def test_help_names_the_verbs_and_their_flags() -> None:
     top = metarobust("--help")
     assert top.returncode == 0

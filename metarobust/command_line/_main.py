@@ -6,6 +6,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -27,7 +28,17 @@ VERBS: dict[str, type] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Meta-learning robust classifiers through higher-order gradients."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        try:
+            _run(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _run(words: list[str]) -> None:
     if words[:1] == ["--version"]:
         return _version()
     verb = _parse(words)
@@ -35,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return None
     try:
         verb.run()
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
