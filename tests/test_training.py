@@ -230,13 +230,13 @@ def test_an_objective_may_give_a_scalar_with_diagnostics() -> None:
     assert plain.history[0].diagnostics == {}
 
 
-def test_learned_optimizers_work_if_they_read_the_gradient_alone() -> None:
+def test_learned_optimizers_work_and_say_what_a_second_stream_needs() -> None:
     torch.manual_seed(0)
     model = network()
     rule = LSTMOptimizer(gradient_source="gradient", hidden_size=4)
     train(model, optimizer=rule.torch_optimizer(model.parameters(), total_steps=6))
     assert not torch.equal(model[0].weight, network()[0].weight)
-    with pytest.raises(ValueError, match="with a second gradient stream"):
+    with pytest.raises(ValueError, match="one that knows the ball of its second stream"):
         train(model, optimizer=LSTMOptimizer(hidden_size=4).torch_optimizer(model.parameters(), total_steps=6))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,18 @@ def checked_start(threat_model: ThreatModel, start: Tensor, x: Tensor) -> Tensor
     return start.detach().to(x)
 
 
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+def looking() -> bool:
+    """Whether a model is called to be looked at, as attacks do, and not for what a loss is made of."""
+    return _looking.get()
+
+
 @contextmanager
 def buffers_kept(model: Model) -> Iterator[None]:
     """Give a module in training mode its buffers back at the end: an attack must not move BatchNorm statistics."""
+    token = _looking.set(True)
     kept = []
     if isinstance(model, nn.Module):
         kept = [(b, b.clone()) for m in model.modules() if m.training for b in m.buffers(recurse=False)]
@@ -56,6 +66,7 @@ def buffers_kept(model: Model) -> Iterator[None]:
         # Through .data, which autograd does not watch: a pass that the caller differentiates may have saved these buffers.
         for buffer, value in kept:
             buffer.data.copy_(value)
+        _looking.reset(token)
 
 
 def input_gradient(losses: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:

@@ -63,7 +63,8 @@ def record_factors(
     Under ``DistributedDataParallel`` (pass the wrapped model) both streams are averaged over the processes; a model from
     ``torch.compile`` runs eagerly while it is watched. ``nn.MultiheadAttention`` calls no layer for its projections, whose second
     stream stays zero; attention made of Linear layers is seen. What a weight is computed from (``weight_norm``) has none either.
-    Tangents call the model twice, with the same random numbers if these are torch's.
+    Tangents call the model twice, with the same random numbers if these are torch's. What this library's attacks do in the block
+    is not watched.
 
     A ``GradScaler`` scales back ``.grad`` alone: use it with coefficients, or bfloat16, which needs none.
 

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metarobust._checks import message, require
 from metarobust._processes import processes, summed
+from metarobust.attacks._common import looking
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._adversarial_tangent import SecondForward
 from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient, by_identity, summed_parts
@@ -52,10 +53,12 @@ class FactorRecorder:
         self._logits: Tensor | None = None
         self._logits_version, self._inside = 0, False
         self._recording = True
+        self.averages = isinstance(model, DistributedDataParallel)
+        """Whether both streams are averaged over the processes."""
         self._normalized: tuple[Normalize, Tensor] | None = None
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._second is None or not self._recording:
+        if self._second is None or not self._recording or looking():
             return None
         self._place, self._inside = 0, True
         return self._second.before_model(model, args, kwargs)
@@ -63,6 +66,8 @@ class FactorRecorder:
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._second is not None and self._second.running:
             self._second.before_layer(layer, args)
+            return None
+        if looking():
             return None
         if self._second is not None and self._recording and torch.is_grad_enabled():
             remedy = "call the model itself inside the block, not its parts, and other models outside of it"
@@ -83,7 +88,7 @@ class FactorRecorder:
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> None:
         hidden, inputs = self._stand_ins.give_back(layer), args[0] if args else None
-        if not self._recording:  # a checkpointed part of the model, run again on the way back
+        if not self._recording or looking():  # a checkpointed part of the model, run again on the way back
             return
         if output is None or inputs is None or not output.requires_grad or not inputs.requires_grad:  # None: the layer failed
             return
@@ -114,12 +119,12 @@ class FactorRecorder:
         )
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._recording:
+        if not self._recording or looking():
             return
         self._inside = False
         if isinstance(output, Tensor) and not output.requires_grad:
             return  # a look at the predictions, not what the loss is made of
-        remedy = "open a block for each call; their streams add up"
+        remedy = "open a block for each call, whose streams add up; for training.fit take an objective that calls it once"
         require(self._logits is None, "model", "called once inside the recording block", "a second call", remedy)
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         good = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
@@ -127,7 +132,8 @@ class FactorRecorder:
         self._logits, self._logits_version = output, output._version
 
     def _after_normalize(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._normalized = (cast("Normalize", layer), output)
+        if not looking():
+            self._normalized = (cast("Normalize", layer), output)
 
     def gradients(
         self, loss: Tensor, parameters: Sequence[Tensor] | None = None, *, create_graph: bool = False
@@ -223,7 +229,7 @@ class FactorRecorder:
         ]
         apart = [p for p in targets if id(p) not in given]
         seconds = [summed_parts(p, added.get(id(p))) for p in apart]
-        if isinstance(self.model, DistributedDataParallel):
+        if self.averages:
             gradients, seconds = ([s / processes() for s in summed(stream)] for stream in (gradients, seconds))
         own = {id(p): h for p, h in zip(apart, seconds, strict=True)}
         for p, g in zip(targets, gradients, strict=True):

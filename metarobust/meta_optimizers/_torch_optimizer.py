@@ -28,6 +28,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         meta_optimizer: the learned rule; its parameters are left as they are.
         total_steps: the number of steps planned; relative time is clipped at 1.
         lr: factor on the learned update, 1 by default; this is what learning-rate schedulers move.
+        threat_model: for ``record_factors``, where that is not given another; ``training.fit`` needs it for a second stream.
 
     Raises:
         ValueError: on ``step``, a stream that the meta-optimizer was trained with is missing.
@@ -45,10 +46,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ...     _ = optimizer.step()
     """
 
-    def __init__(self, params: Iterable[Any], meta_optimizer: MetaOptimizer, *, total_steps: int, lr: float = 1.0) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        meta_optimizer: MetaOptimizer,
+        *,
+        total_steps: int,
+        lr: float = 1.0,
+        threat_model: ThreatModel | None = None,
+    ) -> None:
         integer("total_steps", total_steps, least=1)
         finite("lr", lr, least=0.0)
-        self.meta_optimizer, self._warned = meta_optimizer, False
+        if threat_model is not None and not isinstance(threat_model, ThreatModel):
+            raise TypeError(message("threat_model", "a ThreatModel or None", repr(threat_model)))
+        self.meta_optimizer, self.threat_model, self._warned = meta_optimizer, threat_model, False
         super().__init__(params, {"lr": lr, "total_steps": total_steps})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -152,9 +163,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             step = int(self.state[params[0]].get("step", 0)) + 1
             found = self.meta_optimizer.combining_coefficients(layout, step=step, total_steps=group["total_steps"])
             coefficients |= dict(zip(params, found or [], strict=True))
+        ball = self.threat_model if threat_model is None else threat_model
         return self.meta_optimizer.record_factors(
-            model, threat_model=threat_model, coefficients=coefficients or None, generator=generator
+            model, threat_model=ball, coefficients=coefficients or None, generator=generator
         )
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles keep the rule
-        return super().__getstate__() | {"meta_optimizer": self.meta_optimizer, "_warned": self._warned}
+        return super().__getstate__() | {
+            "meta_optimizer": self.meta_optimizer,
+            "threat_model": self.threat_model,
+            "_warned": self._warned,
+        }

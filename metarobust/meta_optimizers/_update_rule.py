@@ -93,11 +93,13 @@ class UpdateRule(nn.Module):
 
         return transformation(cast("Any", self), total_steps=total_steps, stacked=stacked)
 
-    def torch_optimizer(self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0) -> "LearnedOptimizer":
+    def torch_optimizer(
+        self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0, threat_model: ThreatModel | None = None
+    ) -> "LearnedOptimizer":
         """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
         from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 
-        return LearnedOptimizer(params, cast("Any", self), total_steps=total_steps, lr=lr)
+        return LearnedOptimizer(params, cast("Any", self), total_steps=total_steps, lr=lr, threat_model=threat_model)
 
     @torch.no_grad()
     def shift_factor_coefficients(self, *, first: float, others: float) -> None:

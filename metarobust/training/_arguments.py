@@ -13,6 +13,7 @@ from metarobust import _checks
 from metarobust._checks import choice, finite, message, require
 from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import placement
+from metarobust.meta_optimizers import LearnedOptimizer
 
 PRECISIONS = ("bfloat16", "float16")
 
@@ -98,6 +99,19 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
     )
     for group in optimizer.param_groups:
         require("lr" in group, "optimizer", "one with a learning rate 'lr' in each group", f"the entries {sorted(group)}")
+
+
+def check_second_stream(optimizer: Any, clip_norm: Any, amp: Any) -> None:
+    """Check what a learned optimizer with a second stream needs."""
+    if not isinstance(optimizer, LearnedOptimizer) or not optimizer.meta_optimizer.two_streams:
+        return
+    known, remedy = optimizer.threat_model is not None, "write torch_optimizer(..., threat_model=ThreatModel(...))"
+    require(known, "optimizer", "one that knows the ball of its second stream", "threat_model=None", remedy)
+    if optimizer.meta_optimizer.adds_streams:
+        return
+    rule = f"{type(optimizer.meta_optimizer).__name__}, which reads two streams apart"
+    require(clip_norm is None, "clip_norm", f"None for an {rule}", clip_norm, "leave it out: the rule clamps its updates")
+    require(amp != "float16", "amp", f"False or 'bfloat16' for an {rule}", repr(amp), "write amp='bfloat16'")
 
 
 def check_schedule(schedule: Callable[[float], float] | None, steps: int) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from metarobust._checks import message, require
 from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.evaluation._inputs import digest
 from metarobust.evaluation._resume import without_addresses
+from metarobust.meta_optimizers import LearnedOptimizer
 from metarobust.training._result import EpochRecord
 from metarobust.training._run import Plan, TrainingRun, cpu_state
 
@@ -44,6 +45,11 @@ def fingerprint(plan: Plan, factors: tuple[float, ...]) -> dict[str, Any]:
         "processes": plan.processes.count,
         "metarobust": __version__,
     }
+    if isinstance(plan.optimizer, LearnedOptimizer):
+        rule = plan.optimizer.meta_optimizer
+        values = " ".join(f"{name} {digest(value)}" for name, value in rule.state_dict().items())
+        settings["optimizer.rule"] = _short_digest(f"{rule.settings} {values}")
+        settings["optimizer.threat_model"] = repr(plan.optimizer.threat_model)
     settings |= {name: getattr(plan, name) for name in ("epochs", "batch_size", "clip_norm", "amp", "seed")}
     for i, group in enumerate(plan.optimizer.param_groups):
         place = "optimizer" if i == 0 else f"optimizer.{i}"

@@ -19,6 +19,7 @@ from metarobust.training._arguments import (
     check_optimizer,
     check_precision,
     check_schedule,
+    check_second_stream,
     check_takes_generator,
     check_writable,
 )
@@ -83,7 +84,9 @@ def fit(
             ``diagnostics`` are read after each step, and ``optimizer`` must be the one given here.
         data: a pair ``(x, y)``, x in input units in the model's dtype, y int64, on any device; or a ``LabelledImages``.
         optimizer: over all parameters of the model that require a gradient, ``step()`` without a closure. Learned optimizers
-            of ``metarobust.meta_optimizers`` are ones too, if they read the gradient alone (no second stream).
+            of ``metarobust.meta_optimizers`` are ones too. One that reads a second stream is made with a ``threat_model``; the
+            stream then belongs to the objective's loss, which must be a cross-entropy of one call of the model:
+            `AdversarialTraining` (with any attack, or one that moves nothing), alone or in `ARMOR` or `ClassWeighted`.
         epochs: passes over the data, at least 1.
         batch_size: largest number of examples of a step, over all processes together; more than there are means all of them.
         validation: data that no step sees, for the accuracies of each epoch and the choice of the best one. It must not be
@@ -150,6 +153,7 @@ def fit(
         x, y = check_data("data", data, model)
         checked_validation = None if validation is None else check_data("validation", validation, model)
     check_optimizer(optimizer, model)
+    check_second_stream(optimizer, clip_norm, amp)
     theirs = getattr(stateful_part(objective), "optimizer", optimizer)
     expected = "the one that the objective was given, whose next step it reads"
     require(theirs is optimizer, "optimizer", expected, "another", "pass the same object to both")

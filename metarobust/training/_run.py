@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metarobust._checks import message
 from metarobust.evaluation._inputs import generator_for
+from metarobust.meta_optimizers import FactorRecorder, LearnedOptimizer
 from metarobust.training._distributed import Processes
 from metarobust.training._objective_call import ObjectiveCall, stateful_part
 from metarobust.training._result import EpochRecord, TrainingResult
@@ -108,11 +109,16 @@ class TrainingRun:
         self.set_learning_rates(number)
         plan.optimizer.zero_grad()
         try:
-            loss = self.charged(x, y, generator, len(rows))
+            with self.recording(generator) as recorder:
+                loss = self.charged(x, y, generator, len(rows), recorded=recorder is not None)
+                scaled = self.scaler.scale(loss)
+                if recorder is None:
+                    scaled.backward()
+                else:
+                    recorder.backward(scaled)
         except FloatingPointError as error:  # of an objective that looks at its losses itself
             self.undo(buffers)
             raise FloatingPointError(f"{error} ({self.position()}, {_batch(rows)})") from error
-        self.scaler.scale(loss).backward()
         self.scaler.unscale_(plan.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -135,8 +141,22 @@ class TrainingRun:
             self.diagnostics[name] = [total + value * len(rows), examples + len(rows)]
         return joint_loss
 
-    def charged(self, x: Tensor, y: Tensor, generator: torch.Generator, joint: int) -> Tensor:
-        """The objective at this process's part of a joint batch, augmented, in the precision that was asked for."""
+    @contextmanager
+    def recording(self, generator: torch.Generator) -> Iterator[FactorRecorder | None]:
+        """The recorder of the second stream for an optimizer that reads one; None for others."""
+        optimizer = self.plan.optimizer
+        if not isinstance(optimizer, LearnedOptimizer) or not optimizer.meta_optimizer.two_streams:
+            yield None
+            return
+        with optimizer.record_factors(self.plan.model, generator=generator) as recorder:
+            recorder.averages = self.plan.processes.count > 1
+            yield recorder
+
+    def charged(self, x: Tensor, y: Tensor, generator: torch.Generator, joint: int, *, recorded: bool) -> Tensor:
+        """The objective at this process's part of a joint batch, augmented, in the precision that was asked for.
+
+        ``recorded``: a recorder differentiates it and connects the processes.
+        """
         plan = self.plan
         dtype = None if plan.amp is None else getattr(torch, plan.amp)
         with global_generators_from(generator, plan.device):
@@ -145,7 +165,7 @@ class TrainingRun:
             # Without its cache, which in older versions of torch hands the casts of a pass under no_grad, such as an attack
             # makes, on to the pass that is differentiated: then the parameters get no gradient.
             with torch.autocast(plan.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
-                return self.synchronised(x, y, generator, joint)
+                return (self.call if recorded else self.synchronised)(x, y, generator, joint)
 
     def set_learning_rates(self, number: int) -> None:
         """Those of the step of this number in the whole run, from its progress alone."""
