@@ -146,10 +146,10 @@ def test_losses_keep_their_own_defaults(shell: Shell, fits: list[Any]) -> None:
     ("flags", "kind", "settings", "factors"),
     [
         ({}, torch.optim.Adam, {"lr": 0.001, "weight_decay": 0}, [1, 0.1, 0.01]),
-        ({"optimizer": "sgd"}, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}, [1, 0.1, 0.01]),
-        ({"optimizer": "adamw", "schedule": "cosine"}, torch.optim.AdamW, {"lr": 0.001, "weight_decay": 0.01}, [1, 0.5, 0.095]),
+        ({"update": "sgd"}, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}, [1, 0.1, 0.01]),
+        ({"update": "adamw", "schedule": "cosine"}, torch.optim.AdamW, {"lr": 0.001, "weight_decay": 0.01}, [1, 0.5, 0.095]),
         (
-            {"optimizer": "sgd", "learning_rate": 0.2, "momentum": 0, "weight_decay": 0, "schedule": "0.4:0.5"},
+            {"update": "sgd", "learning_rate": 0.2, "momentum": 0, "weight_decay": 0, "schedule": "0.4:0.5"},
             torch.optim.SGD, {"lr": 0.2, "momentum": 0, "weight_decay": 0}, [1, 0.5, 0.5],
         ),
         ({"learning_rate": 0.01, "schedule": "constant"}, torch.optim.Adam, {"lr": 0.01}, [1, 1, 1]),
@@ -378,7 +378,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return lambda count: calls.update(left=count)
 
 
-RUN = {"model": "nets.py:build", "warm_up": 2, "epochs": 2, "seed": 3, "batch_size": 27, "optimizer": "sgd"}
+RUN = {"model": "nets.py:build", "warm_up": 2, "epochs": 2, "seed": 3, "batch_size": 27, "update": "sgd"}
 """Two steps in each epoch: 1 to 4 are of the warm-up, 5 to 8 of the training. BatchNorm and momentum must resume too."""
 
 
@@ -509,7 +509,7 @@ ARMOR_ONLY = "is read by armor-\\* objectives only, not by {0}; leave it out, or
         ({"objective": "armor-at"}, "--radius must be given for armor-at, which has no default for it; see .*"),
         ({"objective": "smoothed-beta"}, "--mu must be given for smoothed-beta, which has no default for it; see .*"),
         ({"objective": "udr", "norm": "l2"}, "--norm must be linf for udr, got l2"),
-        ({"momentum": 0.9}, "--momentum is read by --optimizer sgd only, not by adam; leave it out"),
+        ({"momentum": 0.9}, "--momentum is read by --update sgd only, not by adam; leave it out"),
         ({"root": "."}, "--root is read for data that torchvision loads, not for digits; leave it out"),
         ({"objective": "armor-at", "radius": -1}, "radius must be a finite number >= 0, got -1.0"),
         ({"objective": "armor-at", "radius": 1, "divergence": "alpha", "order": 1}, "order must be > 1, got 1.0; .*"),
@@ -521,7 +521,7 @@ ARMOR_ONLY = "is read by armor-\\* objectives only, not by {0}; leave it out, or
         ({"epsilon": "x"}, "--epsilon must be a number such as 0.3 or 8/255, got 'x'"),
         ({"learning_rate": 0}, "--learning-rate must be a finite number > 0, got 0.0"),
         ({"weight_decay": -1}, "--weight-decay must be a finite number >= 0, got -1.0"),
-        ({"momentum": -1, "optimizer": "sgd"}, "--momentum must be a finite number >= 0, got -1.0"),
+        ({"momentum": -1, "update": "sgd"}, "--momentum must be a finite number >= 0, got -1.0"),
         ({"clip_norm": 0}, "clip_norm must be a finite number > 0, got 0.0"),
         ({"schedule": "linear"}, "--schedule must be constant, cosine, .*, got 'linear'"),
         ({"schedule": "0.5:0.1,0.75"}, "--schedule must be constant, cosine, .*, got '0.5:0.1,0.75'"),

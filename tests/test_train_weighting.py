@@ -86,11 +86,11 @@ PLAIN = AdversarialTraining(attack=PGD(threat_model=BALL, steps=1))
 WEIGHTERS = {
     "caat": ({"objective": "caat"}, CAAT, TRADES_OF_CAAT),
     "caat-mart": ({"objective": "caat", "base": "mart", "beta": 3}, CAAT, MART(attack=PGD(threat_model=BALL, steps=1), beta=3.0)),
-    "caat-at": ({"objective": "caat", "base": "at", "optimizer": "sgd"}, CAAT, PLAIN),
+    "caat-at": ({"objective": "caat", "base": "at", "update": "sgd"}, CAAT, PLAIN),
     "caat-beta": ({"objective": "caat", "beta": 4}, CAAT, TRADES(threat_model=BALL, steps=1, beta=4.0)),
     "meta-weight-net": ({"objective": "meta-weight-net"}, MetaWeightNet, PLAIN),
     "meta-weight-net-trades": (
-        {"objective": "meta-weight-net", "base": "trades", "optimizer": "adamw"},
+        {"objective": "meta-weight-net", "base": "trades", "update": "adamw"},
         MetaWeightNet,
         TRADES(threat_model=BALL, steps=1),
     ),
@@ -420,7 +420,7 @@ def test_warm_up_hands_on_what_was_learned(shell: Shell, fits: list[Any], monkey
 
 LEARNERS = {
     "caat": {"objective": "caat", "bound": "remargin", "noise": "uniform", "noise_rate": 0.4, "imbalance": 3, "meta_every": 2},
-    "armor-caat": {"objective": "armor-caat", "radius": 0.1, "bound": "learned", "routing": "soft", "optimizer": "sgd"},
+    "armor-caat": {"objective": "armor-caat", "radius": 0.1, "bound": "learned", "routing": "soft", "update": "sgd"},
     "meta-weight-net": {"objective": "meta-weight-net", "class_weights": "balanced"},
     "frl": {"objective": "frl", "class_weights": "logit-adjusted"},
 }

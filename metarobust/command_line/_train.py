@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from metarobust.command_line._evaluate import _check_place, parse_number
+from metarobust.command_line._train_axes import along_the_axes
 from metarobust.command_line._train_checks import check_numbers, check_read
 
 
@@ -17,6 +18,9 @@ class Train:
     that was interrupted goes on when it is repeated. Test data is not touched: the last line says how to judge the model on it.
 
     Example: metarobust train --objective armor-trades --radius 0.1 --data mnist --epsilon 0.3 --warm-up 5 --out armor.safetensors
+
+    Any transport, weighting and update go together: metarobust train --data digits --epsilon 0.1 --transport beta
+    --weighting renyi --update robust-small-v1
     """
 
     data: str
@@ -30,6 +34,11 @@ class Train:
     ] = "at"  # fmt: skip
     """Adversarial training, TRADES, MART, UDR, BETA training, its smoothed form; CAAT and Meta-Weight-Net, which learn weights of
     examples; FRL, which moves those of classes; armor- in front reweights the examples for the worst case."""
+    transport: Literal["pgd", "fgsm", "apgd", "beta", "none"] | None = None
+    """at, mart, also as --base: how examples are moved, by default by PGD; none leaves them. Others have a way of their own."""
+    weighting: Literal["mean", "kl", "alpha", "renyi", "caat", "meta-weight-net", "balanced", "logit-adjusted"] | None = None
+    """How much each example counts: another way to write armor- with --divergence (by default with --radius 0.1 and --order 2),
+    caat and meta-weight-net with --base, or --class-weights, on top of --objective at, trades, mart, udr, beta, smoothed-beta."""
     out: Path = Path("metarobust-model.safetensors")
     """File for the best parameters, NAME.safetensors; the other files stand beside it."""
     model: str | None = None
@@ -85,16 +94,18 @@ class Train:
     """Epochs before the others in which epsilon rises in equal steps; needed where a large one ends in constant predictions."""
     batch_size: int = 128
     """Largest number of examples of a step, over all processes together."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
-    """How the parameters move."""
+    update: str = "adam"
+    """How the parameters move: sgd, adam or adamw; or robust-small-v1 or a file of metarobust meta-train, with --objective at or
+    armor-at if it reads a second stream."""
     learning_rate: float | None = None
-    """Initial learning rate. Default: 0.1 for sgd, 0.001 for adam and adamw."""
+    """Initial learning rate. Default: 0.1 for sgd, 0.001 for adam and adamw; a factor on the updates of a learned one, 1."""
     momentum: float | None = None
     """sgd: momentum. Default: 0.9."""
     weight_decay: float | None = None
     """Weight decay. Default: 0.0005 for sgd, 0 for adam, 0.01 for adamw."""
-    schedule: str = "piecewise"
-    """constant, cosine, piecewise, or progress:factor pairs: 0.5:0.1,0.75:0.01, which is what piecewise stands for."""
+    schedule: str | None = None
+    """constant, cosine, piecewise, or progress:factor pairs: 0.5:0.1,0.75:0.01, which is what piecewise stands for. Default:
+    piecewise, but constant for a learned update, which has a schedule of its own."""
     clip_norm: float | None = None
     """Largest Euclidean norm of a gradient. Default: no limit."""
     amp: Literal["bfloat16", "float16"] | None = None
@@ -114,13 +125,16 @@ class Train:
 
     def run(self) -> None:
         """Train, print the table and write the files."""
+        along_the_axes(self)._run()
+
+    def _run(self) -> None:
         check_numbers(self)
         epsilon = parse_number("--epsilon", self.epsilon)
         check_read(self)
         if self.out.suffix != ".safetensors":
             raise ValueError(f"--out must end in .safetensors, got {self.out}; write {self.out.with_suffix('.safetensors')}")
         _check_place("--out", self.out)
-        parse_schedule(self.schedule)
+        parse_schedule(self.rates)
         parse_held_out(self.validation)
         parse_robust_classes(self.robust_classes)
         from metarobust.command_line._train_run import run_training
@@ -141,6 +155,16 @@ class Train:
     def base_loss(self) -> str:
         """The robust loss that is attacked: the objective itself, or what it weighs."""
         return self.base or {"caat": "trades", "meta-weight-net": "at"}.get(self.loss, self.loss)
+
+    @property
+    def learned_update(self) -> bool:
+        """Whether a meta-optimizer moves the parameters."""
+        return self.update not in ("sgd", "adam", "adamw")
+
+    @property
+    def rates(self) -> str:
+        """The schedule, or the default of the update."""
+        return self.schedule or ("constant" if self.learned_update else "piecewise")
 
     def interrupted(self) -> str:
         """What to tell whoever pressed Ctrl-C."""

@@ -52,8 +52,8 @@ def check_read(flags: "Train") -> None:
     divergence = flags.divergence or "kl"
     if flags.order is not None and divergence == "kl":
         raise ValueError("--order is read by --divergence alpha and renyi only, not by kl; leave it out")
-    if flags.momentum is not None and flags.optimizer != "sgd":
-        raise ValueError(f"--momentum is read by --optimizer sgd only, not by {flags.optimizer}; leave it out")
+    if flags.momentum is not None and flags.update != "sgd":
+        raise ValueError(f"--momentum is read by --update sgd only, not by {flags.update}; leave it out")
     for name in ("root", "download"):
         if getattr(flags, name) and (flags.data == "digits" or flags.data.endswith(".npz")):
             raise ValueError(f"--{name} is read for data that torchvision loads, not for {flags.data}; leave it out")

@@ -1,16 +1,20 @@
 """From the flags of ``metarobust train`` to what is minimised, by what, and at which rates."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from metarobust._checks import finite
-from metarobust.attacks import PGD
+from metarobust.attacks import APGD, BETA, FGSM, PGD
 from metarobust.command_line._train import parse_robust_classes, parse_schedule
+from metarobust.command_line._train_axes import check_learned_update
 from metarobust.command_line._train_weighting import Known, counts_of_all, weighed
 from metarobust.divergences import KL, Alpha, Divergence, Renyi
+from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer, load
 from metarobust.objectives import (
     ARMOR,
     MART,
@@ -23,7 +27,7 @@ from metarobust.objectives import (
 )
 from metarobust.threat_models import ThreatModel
 from metarobust.training import Schedule, cosine, piecewise
-from metarobust.types import RobustLoss
+from metarobust.types import Attack, RobustLoss
 
 if TYPE_CHECKING:
     from metarobust.command_line._train import Train
@@ -65,7 +69,7 @@ def build_objective(flags: "Train", threat_model: ThreatModel, known: Known | No
 def _robust_loss(flags: "Train", threat_model: ThreatModel) -> RobustLoss:
     """Of a learned weighting, what it weighs."""
     kind = flags.base_loss
-    attack = PGD(threat_model=threat_model, steps=flags.steps)
+    attack = _attack(flags, threat_model)
     beta: dict[str, Any] = {} if flags.beta is None else {"beta": flags.beta}
     if kind == "trades" and flags.loss == "caat":
         beta = {"beta": OF_CAAT} | beta
@@ -83,6 +87,19 @@ def _robust_loss(flags: "Train", threat_model: ThreatModel) -> RobustLoss:
     return AdversarialTraining(attack=attack)
 
 
+def _attack(flags: "Train", threat_model: ThreatModel) -> Attack:
+    """What moves the examples of at and mart."""
+    if flags.transport == "fgsm":
+        return FGSM(threat_model=threat_model)
+    if flags.transport == "apgd":
+        return APGD(threat_model=threat_model, steps=flags.steps)
+    if flags.transport == "beta":
+        return BETA(threat_model=threat_model, steps=flags.steps)
+    if flags.transport == "none":
+        return PGD(threat_model=replace(threat_model, epsilon=0.0), steps=1)
+    return PGD(threat_model=threat_model, steps=flags.steps)
+
+
 def _divergence(flags: "Train") -> Divergence:
     if flags.order is None:
         return KL()
@@ -91,7 +108,11 @@ def _divergence(flags: "Train") -> Divergence:
 
 def optimizer_settings(flags: "Train") -> dict[str, float]:
     """Learning rate, weight decay and, for sgd, momentum: as given, or the defaults of the optimizer."""
-    chosen = dict(OPTIMIZERS[flags.optimizer][1])
+    if flags.learned_update:
+        chosen = {"lr": 1.0 if flags.learning_rate is None else flags.learning_rate}
+        finite("--learning-rate", chosen["lr"], above=0.0)
+        return chosen
+    chosen = dict(OPTIMIZERS[flags.update][1])
     given = {"lr": flags.learning_rate, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
     chosen |= {name: value for name, value in given.items() if value is not None}
     finite("--learning-rate", chosen["lr"], above=0.0)
@@ -100,15 +121,32 @@ def optimizer_settings(flags: "Train") -> dict[str, float]:
     return chosen
 
 
-def build_optimizer(flags: "Train", model: nn.Module) -> torch.optim.Optimizer:
-    """Over all parameters of the model that are trained."""
-    kind, settings = OPTIMIZERS[flags.optimizer][0], cast("Any", optimizer_settings(flags))
-    return kind([p for p in model.parameters() if p.requires_grad], **settings)
+def read_update(flags: "Train") -> InterpretableOptimizer | LSTMOptimizer | None:
+    """The meta-optimizer of --update, if it names one that can follow the objective."""
+    if not flags.learned_update:
+        return None
+    try:
+        rule = load(flags.update)
+    except (ValueError, OSError) as error:
+        remedy = "; or write sgd, adam or adamw" if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"--update: {error}{remedy}") from error
+    check_learned_update(flags, two_streams=rule.two_streams)
+    return rule
+
+
+def build_optimizer(flags: "Train", model: nn.Module, threat_model: ThreatModel, examples: int) -> torch.optim.Optimizer:
+    """Over all parameters of the model that are trained; a learned one is told its number of steps and the ball."""
+    parameters, settings = [p for p in model.parameters() if p.requires_grad], cast("Any", optimizer_settings(flags))
+    rule = read_update(flags)
+    if rule is None:
+        return OPTIMIZERS[flags.update][0](parameters, **settings)
+    steps = (flags.warm_up + flags.epochs) * math.ceil(examples / flags.batch_size)
+    return rule.to(parameters[0].device).torch_optimizer(parameters, total_steps=steps, threat_model=threat_model, **settings)
 
 
 def build_schedule(flags: "Train") -> Schedule | None:
     """A factor of the learning rate for each progress; None where it stays."""
-    found = parse_schedule(flags.schedule)
+    found = parse_schedule(flags.rates)
     if isinstance(found, dict):
         try:
             return piecewise(found)

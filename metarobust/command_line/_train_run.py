@@ -14,12 +14,19 @@ from metarobust.command_line._evaluate_run import _probe, say
 from metarobust.command_line._train_data import Parts, divided, read_training_data
 from metarobust.command_line._train_files import ResultFiles
 from metarobust.command_line._train_network import Network, chosen_network
-from metarobust.command_line._train_objectives import build_objective, build_optimizer, build_schedule, optimizer_settings
+from metarobust.command_line._train_objectives import (
+    build_objective,
+    build_optimizer,
+    build_schedule,
+    optimizer_settings,
+    read_update,
+)
 from metarobust.command_line._train_processes import agreed, joined_processes
 from metarobust.command_line._train_report import announce, print_result, reporter, write, write_network
 from metarobust.command_line._train_weighting import Known, hand_over, what_was_learned
 from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import generator_for
+from metarobust.meta_optimizers import LearnedOptimizer
 from metarobust.threat_models import ThreatModel
 from metarobust.training import TrainingResult, fit
 
@@ -65,6 +72,7 @@ def run_training(flags: "Train", epsilon: float) -> None:
     for ball in balls:  # settings are checked before data is read
         build_objective(flags, ball)
     optimizer_settings(flags)
+    read_update(flags)
     build_schedule(flags)
     with joined_processes(flags.device) as (device, processes):
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: the others find what it has downloaded
@@ -75,7 +83,7 @@ def run_training(flags: "Train", epsilon: float) -> None:
             parts = divided(flags, data)
             network = chosen_network(flags.model, data)
             model = initial_model(network, flags.seed, data, device)
-            optimizer = build_optimizer(flags, model)
+            optimizer = build_optimizer(flags, model, balls[-1], len(parts.train))
             known = Known(parts=parts, optimizer=optimizer, device=device)
             objectives = [build_objective(flags, ball, known) for ball in balls]
             return Job(
@@ -131,6 +139,8 @@ def _in_stages(job: Job, begin: int, *, leads: bool) -> TrainingResult:
         if stage == flags.warm_up:
             proper = {"epochs": flags.epochs, "seed": flags.seed, "schedule": build_schedule(flags)}
             proper |= {"validation": job.parts.held_out, "validation_attack": job.attack}
+        if isinstance(job.optimizer, LearnedOptimizer):
+            job.optimizer.threat_model = job.balls[stage]
         if stage > begin:
             hand_over(job.objectives[stage - 1], job.objectives[stage])
         result = fit(
