@@ -48,6 +48,10 @@ def along_the_axes(flags: "Train") -> "Train":
     if flags.transport is not None and flags.base_loss not in MOVED:
         reason = f"not by {flags.base_loss}, which moves examples in its own way"
         raise ValueError(f"--transport is read by {' and '.join(MOVED)}, also as --base, {reason}; leave it out")
+    if flags.transport == "none" and flags.loss == "caat":
+        raise ValueError(
+            "--transport none leaves caat no adversaries to weigh; leave it out, or write --weighting meta-weight-net"
+        )
     if flags.transport == "apgd" and flags.steps < 2:
         raise ValueError(f"--steps must be an integer >= 2 for --transport apgd, got {flags.steps}")
     return flags
@@ -63,7 +67,7 @@ def check_learned_update(flags: "Train", *, two_streams: bool) -> None:
         reason = "whose meta-steps look ahead along a step of it"
         raise ValueError(f"--update must be sgd, adam or adamw for {flags.loss}, {reason}, got {flags.update}")
     mixed = flags.natural_weight or flags.robust_classes
-    if two_streams and (flags.base_loss not in ("at", "udr") or flags.loss == "frl" or mixed):
+    if two_streams and (flags.loss not in ("at", "udr") or flags.objective == "armor-udr" or mixed):
         what = "--natural-weight and --robust-classes, which add clean examples" if mixed else f"--objective {flags.objective}"
         reason = "whose second stream belongs to the cross-entropy of one pass"
         raise ValueError(f"--update {flags.update}, {reason}, does not go with {what}; write --objective at, or --update adam")

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metarobust._checks import finite
 from metarobust.attacks import APGD, BETA, FGSM, PGD
@@ -27,7 +26,7 @@ from metarobust.objectives import (
 )
 from metarobust.threat_models import ThreatModel
 from metarobust.training import Schedule, cosine, piecewise
-from metarobust.types import Attack, RobustLoss
+from metarobust.types import Attack, Model, RobustLoss
 
 if TYPE_CHECKING:
     from metarobust.command_line._train import Train
@@ -96,8 +95,13 @@ def _attack(flags: "Train", threat_model: ThreatModel) -> Attack:
     if flags.transport == "beta":
         return BETA(threat_model=threat_model, steps=flags.steps)
     if flags.transport == "none":
-        return PGD(threat_model=replace(threat_model, epsilon=0.0), steps=1)
+        return unmoved
     return PGD(threat_model=threat_model, steps=flags.steps)
+
+
+def unmoved(model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """The attack that leaves every example where it is."""
+    return x.detach()
 
 
 def _divergence(flags: "Train") -> Divergence:

@@ -10,10 +10,13 @@ from safetensors.torch import save_file
 
 from metarobust._files import write_atomically
 from metarobust.command_line._evaluate_run import say
+from metarobust.command_line._train_axes import MOVED
+from metarobust.command_line._train_checks import META_SET
 from metarobust.command_line._train_weighting import told_of
 from metarobust.training import EpochRecord, TrainingResult
 
 if TYPE_CHECKING:
+    from metarobust.command_line._train import Train
     from metarobust.command_line._train_run import Job
 
 
@@ -35,8 +38,23 @@ def announce(job: "Job", begin: int, processes: int) -> None:
     parameters = sum(p.numel() for p in job.model.parameters())
     where = f"{processes} processes" if processes > 1 else str(job.device)
     print(f"model {job.network.name}, {parameters:,} parameters, on {where}", flush=True)
+    if flags.transport is not None or flags.divergence is not None or flags.learned_update:
+        print("; ".join(f"{axis}: {choice}" for axis, choice in axes_of(flags).items()), flush=True)
     if kept.exists():
         print(f"going on from {kept}", flush=True)
+
+
+def axes_of(flags: "Train") -> dict[str, str]:
+    """What moves the examples, what weighs them, what moves the parameters."""
+    transport = flags.transport or "pgd" if flags.base_loss in MOVED else f"that of {flags.base_loss}"
+    weighting = flags.divergence or "kl" if flags.objective.startswith("armor-") else "mean"
+    if weighting != "mean":
+        weighting += f" of order {flags.order:g}" if flags.order is not None else ""
+        weighting += f", radius {flags.radius:g}"
+    learned = flags.loss if flags.loss in META_SET else ""
+    classes = "" if flags.class_weights == "none" else f"{flags.class_weights} classes"
+    told = " on top of ".join(filter(None, (weighting if weighting != "mean" else "", classes, learned))) or "mean"
+    return {"transport": transport, "weighting": told, "update": flags.update}
 
 
 def reporter(job: "Job", stage: int) -> Callable[[EpochRecord], None]:
