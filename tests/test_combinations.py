@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metarobust.command_line._train import Train
-from metarobust.command_line._train_axes import DIVERGENCES, MOVED, PLAIN, along_the_axes, check_learned_update
+from metarobust.command_line._train_axes import DIVERGENCES, LOOKING_AHEAD, MOVED, PLAIN, along_the_axes, check_learned_update
 from metarobust.command_line._train_checks import check_numbers, check_read
 from metarobust.command_line._train_data import Parts, divided
 from metarobust.command_line._train_objectives import build_objective, build_optimizer, build_schedule
@@ -32,13 +32,16 @@ FILES = {
     "LSTM, estimate": lambda: LSTMOptimizer(gradient_source="gradient+adversarial_estimate", hidden_size=2),
 }
 UPDATES = ["sgd", "adam", "adamw", "robust-small-v1", *FILES]
-LOOKING_AHEAD = ("caat", "meta-weight-net")
 MEANINGLESS = {
     **{
         ("at", transport, weighting, update): "whose meta-steps look ahead along a step of it"
         for transport, weighting, update in product(TRANSPORTS, LOOKING_AHEAD, UPDATES[3:])
     },
-    **{("at", "none", "caat", update): "leaves caat no adversaries to weigh" for update in UPDATES},
+    **{
+        ("at", transport, weighting, update): "finds adversaries and anti-adversaries in one ascent"
+        for transport, weighting, update in product(TRANSPORTS, LOOKING_AHEAD, UPDATES)
+        if transport != "pgd"
+    },
 }
 """The combinations on adversarial training that make no sense, and a part of what they are told."""
 

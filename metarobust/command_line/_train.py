@@ -35,7 +35,7 @@ class Train:
     """Adversarial training, TRADES, MART, UDR, BETA training, its smoothed form; CAAT and Meta-Weight-Net, which learn weights of
     examples; FRL, which moves those of classes; armor- in front reweights the examples for the worst case."""
     transport: Literal["pgd", "fgsm", "apgd", "beta", "none"] | None = None
-    """at, mart, also as --base: how examples are moved, by default by PGD; none leaves them. Others have a way of their own."""
+    """at, mart: how examples are moved, by default by PGD; none leaves them. Other objectives have a way of their own."""
     weighting: Literal["mean", "kl", "alpha", "renyi", "caat", "meta-weight-net", "balanced", "logit-adjusted"] | None = None
     """How much each example counts: another way to write armor- with --divergence (by default with --radius 0.1 and --order 2),
     caat and meta-weight-net with --base, or --class-weights, on top of --objective at, trades, mart, udr, beta, smoothed-beta."""

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 DIVERGENCES = ("kl", "alpha", "renyi")
 RADIUS, ORDER = 0.1, 2.0
 """Of a divergence that --weighting names: weights move by factors up to 4 or so."""
+LOOKING_AHEAD = ("caat", "meta-weight-net")
+"""Learned weights."""
 WEIGHED = ("at", "trades", "mart")
 """What learned weights can weigh."""
 PLAIN = (*WEIGHED, "udr", "beta", "smoothed-beta")
@@ -35,7 +37,7 @@ def along_the_axes(flags: "Train") -> "Train":
             given |= {"radius": RADIUS if flags.radius is None else flags.radius}
             if kind != "kl" and flags.order is None:
                 given["order"] = ORDER
-        elif kind in ("caat", "meta-weight-net"):
+        elif kind in LOOKING_AHEAD:
             _once(flags, "base", kind)
             if flags.objective not in WEIGHED:
                 raise ValueError(f"--weighting {kind} weighs --objective {', '.join(WEIGHED)}, got {flags.objective}")
@@ -47,11 +49,10 @@ def along_the_axes(flags: "Train") -> "Train":
         flags = replace(flags, **given)
     if flags.transport is not None and flags.base_loss not in MOVED:
         reason = f"not by {flags.base_loss}, which moves examples in its own way"
-        raise ValueError(f"--transport is read by {' and '.join(MOVED)}, also as --base, {reason}; leave it out")
-    if flags.transport == "none" and flags.loss == "caat":
-        raise ValueError(
-            "--transport none leaves caat no adversaries to weigh; leave it out, or write --weighting meta-weight-net"
-        )
+        raise ValueError(f"--transport is read by {' and '.join(MOVED)}, {reason}; leave it out")
+    if flags.transport not in (None, "pgd") and flags.loss in LOOKING_AHEAD:
+        reason = f"for {flags.loss}, which finds adversaries and anti-adversaries in one ascent"
+        raise ValueError(f"--transport must be pgd {reason}, got {flags.transport}; leave it out")
     if flags.transport == "apgd" and flags.steps < 2:
         raise ValueError(f"--steps must be an integer >= 2 for --transport apgd, got {flags.steps}")
     return flags
@@ -63,7 +64,7 @@ def check_learned_update(flags: "Train", *, two_streams: bool) -> None:
         if getattr(flags, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is read by --update sgd, adam and adamw only, not by {flags.update}; leave it out")
-    if flags.loss in ("caat", "meta-weight-net"):
+    if flags.loss in LOOKING_AHEAD:
         reason = "whose meta-steps look ahead along a step of it"
         raise ValueError(f"--update must be sgd, adam or adamw for {flags.loss}, {reason}, got {flags.update}")
     mixed = flags.natural_weight or flags.robust_classes
