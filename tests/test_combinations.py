@@ -1,5 +1,6 @@
 """Every transport with every weighting and every update: two steps each, or a sentence that says why not."""
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -7,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
+from metarobust.command_line import main
 from metarobust.command_line._train import Train
 from metarobust.command_line._train_axes import DIVERGENCES, LOOKING_AHEAD, MOVED, PLAIN, along_the_axes, check_learned_update
 from metarobust.command_line._train_checks import check_numbers, check_read
@@ -196,3 +198,18 @@ def test_an_update_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     flags = Train(data="digits", epsilon="0.1", update=str(tmp_path / "none.safetensors"))
     with pytest.raises(ValueError, match=r"--update: no meta-optimizer at .*; or write sgd, adam or adamw"):
         build_optimizer(flags, mlp([16, 4, 3]), BALL, 36)
+
+
+def test_the_recipe_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python and its command, as they stand but for the length of the training."""
+    page = (Path(__file__).parents[1] / "docs" / "combinations.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("20 * 4", "2 * 4").replace("epochs=20", "epochs=2"), names)
+    assert len(names["result"].history) == 2
+    words = command.split()
+    assert words[:4] == ["uv", "run", "metarobust", "train"]
+    monkeypatch.chdir(tmp_path)
+    main([*words[3:], "--epochs", "1", "--steps", "2"])
+    assert (tmp_path / "metarobust-model.safetensors").exists()
