@@ -4,9 +4,9 @@
 
 The limit is a pass by parameters and input, which every use of the stream needs; a step of FGSM training (one pass by the input,
 one by the parameters) is what the stream stands in for. "Combined" is g + c h for given c, from one weight gradient per layer:
-what an optimizer that adds the streams asks for. --keep-memory starts Python again with an allocator (that of glibc) that gives
-nothing back to the system, so that no step pays for fresh pages. Tangents take another forward pass. Bar: at most 1.4 on a CNN and on a
-residual network.
+what an optimizer that adds the streams asks for. Tangents take another forward pass. --keep-memory starts Python again with an
+allocator (that of glibc) that gives nothing back to the system, so that no step pays for fresh pages. Bar: at most 1.4 on a CNN
+and on a residual network.
 """
 
 import argparse
