@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import platform
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metarobust import __version__
-from metarobust.command_line import main
+from metarobust.command_line import _version, main
 from metarobust.command_line._evaluate import parse_number
 from metarobust.data import load as load_data
 from metarobust.evaluation import evaluate
@@ -122,10 +123,17 @@ def test_unknown_and_missing_flags_are_named(
     assert capsys.readouterr().err == f"metarobust: {sentence}; run metarobust {verb}--help\n"
 
 
-def test_version_as_a_flag_and_as_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_as_a_flag_and_as_a_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for word in ("--version", "version"):
         main([word])
-        assert capsys.readouterr().out == f"{__version__}\n"
+        first, *others = capsys.readouterr().out.splitlines()
+        assert first == f"metarobust {__version__}"
+        told = dict(line.split(": ", 1) for line in others)
+        assert list(told) == ["python", "system", "packages", "processors", "GPUs"]
+        assert f"torch {torch.__version__.split('+')[0]}" in told["packages"]
+        assert told["python"].startswith(platform.python_version())
+    monkeypatch.setattr(_version, "PACKAGES", ("torch", "no-such-package"))
+    assert _version.surroundings()["packages"].endswith("no-such-package not installed")
 
 
 def test_unwritable_out_is_one_sentence_before_any_work(tmp_path: Path) -> None:

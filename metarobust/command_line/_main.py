@@ -13,13 +13,13 @@ from typing import NoReturn
 
 import tyro
 
-from metarobust import __version__
 from metarobust.command_line._bound import Bound
 from metarobust.command_line._demo import Demo
 from metarobust.command_line._evaluate import Evaluate
 from metarobust.command_line._meta_train import MetaTrain
 from metarobust.command_line._train import Train
 from metarobust.command_line._transfer import Transfer
+from metarobust.command_line._version import print_version
 
 VERBS: dict[str, type] = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "bound": Bound, "meta-train": MetaTrain, "transfer": Transfer,
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> None:
     if words[:1] == ["--version"]:
-        return _version()
+        return print_version()
     verb = _parse(words)
     if not isinstance(verb, (Demo, Train, Evaluate, Bound, MetaTrain, Transfer)):
         return None
@@ -60,7 +60,7 @@ def _parse(words: list[str]) -> object:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
-                VERBS | {"version": _version},
+                VERBS | {"version": print_version},
                 prog="metarobust",
                 description=main.__doc__,
                 args=words,
@@ -119,8 +119,3 @@ def _end(sentence: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
         print("metarobust: " + sentence, file=sys.stderr)
     sys.exit(code)
-
-
-def _version() -> None:
-    """Print the version."""
-    print(__version__)
