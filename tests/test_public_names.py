@@ -17,6 +17,7 @@ PUBLIC_NAMES = {
         "BETA",
         "FGSM",
         "PGD",
+        "Adapted",
         "Alternating",
         "CallCounter",
         "RandomRoundingFGSM",

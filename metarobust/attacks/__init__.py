@@ -1,5 +1,6 @@
 """Transport: how examples are moved inside a threat model, against the model (adversary) or for it (anti-adversary)."""
 
+from metarobust.attacks._adapted import Adapted
 from metarobust.attacks._alternating import Alternating
 from metarobust.attacks._apgd import APGD
 from metarobust.attacks._beta import BETA
@@ -16,6 +17,7 @@ __all__ = [
     "BETA",
     "FGSM",
     "PGD",
+    "Adapted",
     "Alternating",
     "CallCounter",
     "RandomRoundingFGSM",
