@@ -554,3 +554,30 @@ def test_figure_in_an_unknown_format_is_refused(name: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="path must be a file that ends in one of .*write report.png"):
         small_report().plot(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_in_the_fields_of_robustbench(tmp_path: Path) -> None:
+    """Fields and types of the entries of its leaderboard; nothing is called AutoAttack that is not."""
+    torch.manual_seed(0)
+    x, y = torch.rand(20, 4), torch.randint(3, (20,))
+    model = nn.Linear(4, 3).eval()
+    report = evaluate(model, (x, y), threat_model=ThreatModel(epsilon=8 / 255), protocol="quick")
+    options: dict[str, Any] = {"name": "Ours", "dataset": "cifar10", "architecture": "Linear", "footnote": "Untrained."}
+    entry = report.to_robustbench(tmp_path / "Ours2026.json", **options)
+    assert json.loads((tmp_path / "Ours2026.json").read_text()) == entry
+    assert list(entry) == [
+        "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",
+        "clean_acc", "reported", "autoattack_acc", "footnote", "unreliable",
+    ]  # fmt: skip
+    assert entry["eps"] == "8/255"
+    assert entry["clean_acc"] == f"{100 * report.clean_accuracy:.2f}"
+    assert float(entry["reported"]) == pytest.approx(100 * report.worst_case_accuracy, abs=0.005)
+    assert entry["autoattack_acc"] is None
+    assert entry["footnote"].startswith("Worst case of ")
+    assert entry["footnote"].endswith("on 20 examples, by metarobust 0.1.0. AutoAttack was not run. Untrained.")
+    assert entry["unreliable"] == bool(report.warnings)
+    with pytest.raises(ValueError, match="dataset must be not empty"):
+        report.to_robustbench(**(options | {"dataset": ""}))
+    summed = evaluate(model, (x, y), threat_model=ThreatModel(norm="l1", epsilon=1.0), protocol="quick")
+    with pytest.raises(ValueError, match="for l_inf or l2, which RobustBench lists"):
+        summed.to_robustbench(**options)

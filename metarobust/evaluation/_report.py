@@ -14,6 +14,7 @@ from metarobust._files import write_atomically
 from metarobust.evaluation._distance import DistanceToBound, distance_to_bound
 from metarobust.evaluation._fairness import ClassErrors, ClassSummary, class_errors, class_summary
 from metarobust.evaluation._reliability import Doubt
+from metarobust.evaluation._robustbench import robustbench_entry
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +132,59 @@ class RobustnessReport:
         if path is not None:
             write_atomically(Path(path), lambda temporary: temporary.write_text(text))
         return text
+
+    def to_robustbench(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        name: str,
+        dataset: str,
+        architecture: str,
+        link: str = "",
+        authors: str = "",
+        venue: str = "Unpublished",
+        additional_data: bool = False,
+        number_forward_passes: int = 1,
+        footnote: str = "",
+    ) -> dict[str, Any]:
+        """The report in the fields of RobustBench's model_info files; written to ``path`` too, atomically, when one is given.
+
+        ``clean_acc`` and ``reported`` are percentages with two decimals. ``autoattack_acc`` is null: this library's protocols are
+        not AutoAttack, and the footnote says what ran instead. ``unreliable`` is true where the report has warnings.
+
+        Args:
+            path: a JSON file.
+            name: of the paper or method.
+            dataset: as RobustBench writes it, "cifar10".
+            architecture: as "WideResNet-28-10".
+            link: to the paper.
+            authors: with commas between.
+            venue: as "ICML 2023".
+            additional_data: whether it was trained on more than the data set.
+            number_forward_passes: of one prediction.
+            footnote: added to the one about the attacks.
+
+        Raises:
+            ValueError: the report is for l1, or a required field is empty.
+
+        Example:
+            >>> from metarobust.evaluation import evaluate
+            >>> from metarobust.threat_models import ThreatModel
+            >>> x, y = torch.tensor([[0.3], [0.45], [0.9]]), torch.tensor([0, 1, 1])
+            >>> model = lambda x: torch.cat([0.76 - x, x], 1)
+            >>> report = evaluate(model, (x, y), threat_model=ThreatModel(epsilon=8 / 255), protocol="quick")
+            >>> entry = report.to_robustbench(name="A threshold", dataset="three points", architecture="one neuron")
+            >>> entry["eps"], entry["clean_acc"], entry["reported"]
+            ('8/255', '100.00', '100.00')
+        """
+        entry = robustbench_entry(
+            self, name=name, dataset=dataset, architecture=architecture, link=link, authors=authors, venue=venue,
+            additional_data=additional_data, number_forward_passes=number_forward_passes, footnote=footnote,
+        )  # fmt: skip
+        if path is not None:
+            text = json.dumps(entry, indent=2) + "\n"
+            write_atomically(Path(path), lambda temporary: temporary.write_text(text))
+        return entry
 
     def print(self) -> None:
         """Show the report as a table."""
