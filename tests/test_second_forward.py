@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from metarobust.meta_optimizers import InterpretableOptimizer, factor_gradients, record_factors
+from metarobust.meta_optimizers import InterpretableOptimizer, factor_gradients, load, record_factors
 from metarobust.meta_optimizers import _adversarial_tangent as tangent
-from metarobust.models import cnn, mlp
+from metarobust.models import Normalize, cnn, mlp
 from metarobust.threat_models import ThreatModel
 
 SOURCE = "gradient+adversarial_tangent"
@@ -325,3 +325,37 @@ def test_the_fall_of_the_learning_rate_has_a_gradient_from_its_start() -> None:
         rule.fall += 1e-6
     assert found.item() == pytest.approx((end().item() - before) / 1e-6, rel=1e-3)
     assert abs(found.item()) > 1e-4
+
+
+class ChannelsLast(nn.LayerNorm):
+    """Normalises over another axis than its base class, as some published networks do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("source", ["gradient+adversarial_estimate", SOURCE])
+def test_a_normalisation_of_its_own_kind_has_no_second_stream(source: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), ChannelsLast(3), nn.Flatten(), nn.Linear(108, 10)).double()
+    x, y = batch()
+    found = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
+    sizes = [h.abs().max().item() for h in found.perturbed_factor_gradients]
+    assert sizes[2] == sizes[3] == 0
+    assert min(sizes[0], sizes[4]) > 0
+    assert all(g.abs().max() > 0 for g in found.gradients)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "mobilenet_v3_small"])
+def test_networks_of_torchvision_go_in_as_they_are(name: str) -> None:
+    models = pytest.importorskip("torchvision").models
+    torch.manual_seed(0)
+    model = nn.Sequential(Normalize(mean=[0.5] * 3, std=[0.25] * 3), getattr(models, name)(num_classes=4)).train()
+    x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    optimizer = load("robust-small-v1").torch_optimizer(model.parameters(), total_steps=5, threat_model=BALL)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.record_factors(model) as recorder:
+        recorder.backward(F.cross_entropy(model(x), y))
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))

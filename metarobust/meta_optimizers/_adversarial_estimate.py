@@ -138,6 +138,11 @@ def summed_like(shape: torch.Size, layer: nn.Module, values: Tensor, weights: Te
     return torch.einsum("cbmk,cb->ck", rows.reshape(*rows.shape[:2], -1, own), weights).reshape(shape)
 
 
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether the gain of a module is known to multiply what `normalized` gives: not if its class computes in its own way."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in NORMALISATIONS)
+
+
 def statistics_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     """What a BatchNorm normalises by just now, if not by the statistics of the batch."""
     if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.training or layer.running_mean is None:

@@ -99,7 +99,7 @@ def record_factors(
     if hasattr(model, "_orig_mod"):  # what torch.compile returns: a compiled graph would not call the hooks
         around.enter_context(torch.compiler.set_stance("force_eager"))
     for module in model.modules():
-        if isinstance(module, LAYERS) or (estimating and isinstance(module, estimate.NORMALISATIONS)):
+        if isinstance(module, LAYERS) or (estimating and estimate.is_normalisation(module)):
             hooks.append(module.register_forward_pre_hook(recorder._before))
             # First, so that what hooks of the user do with the output or the weight is theirs.
             hooks.append(module.register_forward_hook(recorder._after, prepend=True, always_call=True))
