@@ -23,7 +23,8 @@ def import_learn2learn() -> ModuleType:
     then. A gym that is installed is used as it is.
 
     Returns:
-        The module learn2learn.
+        The module learn2learn; ``import_learn2learn().algorithms.MAML`` adapts to a robust objective as to any loss
+        (examples/maml_few_shot.py).
 
     Raises:
         ImportError: learn2learn, or something it needs, is not installed; the text holds the line that installs it.
@@ -36,7 +37,7 @@ def import_learn2learn() -> ModuleType:
     except ModuleNotFoundError as error:
         # requests and tqdm stand in the line because --no-deps, which keeps gym and qpth out, leaves them out too.
         raise ImportError(
-            f"low-data tasks need learn2learn 0.2.0, but the module {error.name!r} is missing; with a C compiler at "
+            f"this needs learn2learn 0.2.0, but the module {error.name!r} is missing; with a C compiler at "
             f"hand, write {INSTALL_LINE}",
             name=error.name,
         ) from error
