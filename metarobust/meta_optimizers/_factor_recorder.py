@@ -64,10 +64,10 @@ class FactorRecorder:
         return self._second.before_model(model, args, kwargs)
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if looking():
+            return None
         if self._second is not None and self._second.running:
             self._second.before_layer(layer, args)
-            return None
-        if looking():
             return None
         if self._second is not None and self._recording and torch.is_grad_enabled():
             remedy = "call the model itself inside the block, not its parts, and other models outside of it"
