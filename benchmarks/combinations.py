@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._common import write
+from benchmarks._judging import clean_and_robust
 from metarobust.attacks import APGD, BETA, FGSM, PGD
 from metarobust.data import LowDataTasks, digits_pools
 from metarobust.divergences import KL, Alpha, Renyi
@@ -88,16 +89,7 @@ def accuracies(transport: str, weighting: str, update: str, seed: int) -> tuple[
             threat_model=BALL, meta_data=meta, optimizer=optimizer, class_counts=counts, robust_loss=objective
         )  # fmt: skip
     fit(model, objective, data, optimizer=optimizer, epochs=STEPS // per_epoch, batch_size=BATCH, seed=seed, silent=True)
-    test = pools.test.select(torch.arange(400))
-    x, y = test.images, test.labels
-    with torch.no_grad():
-        clean = model(x).argmax(1) == y
-    robust = clean.clone()
-    for loss in ("cross_entropy", "margin"):
-        moved = PGD(threat_model=BALL, steps=20, loss=loss)(model, x, y, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            robust &= model(moved).argmax(1) == y
-    return clean.double().mean().item(), robust.double().mean().item()
+    return clean_and_robust(model, pools.test.select(torch.arange(400)), BALL, steps=20)
 
 
 def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> None:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._common import write
+from benchmarks._judging import clean_and_robust
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, load, load_digits, split
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
@@ -211,15 +212,7 @@ def accuracies(data: str, rule: Rule, seed: int) -> tuple[float, float]:
         optimizer.zero_grad()
         rule(model, training.images[rows], training.labels[rows], draw)
         optimizer.step()
-    x, y = judging.images, judging.labels
-    with torch.no_grad():
-        clean = model(x).argmax(1) == y
-    robust = clean.clone()
-    for loss in ("cross_entropy", "margin"):
-        moved = PGD(threat_model=BALL, steps=30, loss=loss)(model, x, y, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            robust &= model(moved).argmax(1) == y
-    return clean.double().mean().item(), robust.double().mean().item()
+    return clean_and_robust(model, judging, BALL, steps=30)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -119,20 +119,6 @@ def inputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
     for hook in hooks:
         hook.remove()
     return found
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tangent.Tangents]]:
-    """The tangents that the recorder takes."""
-    taken: list[tangent.Tangents] = []
-    original = tangent.SecondForward.tangents
-
-    def watch(self: tangent.SecondForward, *args: Any) -> tangent.Tangents:
-        taken.append(original(self, *args))
-        return taken[-1]
-
-    monkeypatch.setattr(tangent.SecondForward, "tangents", watch)
-    return taken
 
 
 @pytest.mark.usefixtures("no_noise")

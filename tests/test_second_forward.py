@@ -4,7 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -21,20 +21,6 @@ from metarobust.threat_models import ThreatModel
 
 SOURCE = "gradient+adversarial_tangent"
 BALL = ThreatModel(norm="linf", epsilon=0.1)
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tangent.Tangents]:
-    """The tangents that the recorder takes."""
-    taken: list[tangent.Tangents] = []
-    original = tangent.SecondForward.tangents
-
-    def watch(self: tangent.SecondForward, *args: Any) -> tangent.Tangents:
-        taken.append(original(self, *args))
-        return taken[-1]
-
-    monkeypatch.setattr(tangent.SecondForward, "tangents", watch)
-    return taken
 
 
 class Centred(nn.Module):
