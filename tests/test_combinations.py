@@ -213,3 +213,14 @@ def test_the_recipe_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     main([*words[3:], "--epochs", "1", "--steps", "2"])
     assert (tmp_path / "metarobust-model.safetensors").exists()
+
+
+def test_an_epsilon_that_the_update_was_not_trained_with_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--data", "digits", "--examples", "60", "--epochs", "1", "--transport", "none", "--epsilon", "0.3"]
+    main([*words, "--update", "robust-small-v1"])
+    told = capsys.readouterr().err
+    assert told.count("was trained with") == 1
+    assert "robust-small-v1 was trained with linf and epsilon 0.0501 to 0.134; what it does beyond is not known" in told

@@ -43,6 +43,12 @@ def metarobust(*arguments: str, cwd: Path | None = None) -> subprocess.Completed
     )
 
 
+def test_a_renamed_flag_is_told() -> None:
+    done = metarobust("train", "--data", "digits", "--epsilon", "0.1", "--optimizer", "sgd")
+    assert done.returncode == 2
+    assert done.stderr == "metarobust: train does not know --optimizer (it is --update now); run metarobust train --help\n"
+
+
 def test_a_reader_that_stops_is_no_failure() -> None:
     code = "import sys; from metarobust.command_line._main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "train", "--help"]

@@ -56,10 +56,10 @@ def looking() -> bool:
 @contextmanager
 def buffers_kept(model: Model) -> Iterator[None]:
     """Give a module in training mode its buffers back at the end: an attack must not move BatchNorm statistics."""
-    token = _looking.set(True)
     kept = []
     if isinstance(model, nn.Module):
         kept = [(b, b.clone()) for m in model.modules() if m.training for b in m.buffers(recurse=False)]
+    token = _looking.set(True)
     try:
         yield
     finally:

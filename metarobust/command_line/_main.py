@@ -24,6 +24,7 @@ from metarobust.command_line._version import print_version
 VERBS: dict[str, type] = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "bound": Bound, "meta-train": MetaTrain, "transfer": Transfer,
 }  # fmt: skip
+RENAMED = {("train", "--optimizer"): "--update"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,6 +107,8 @@ def _sentence(box: str, verb: str) -> str:
 
 def _meant(word: str, verb: str) -> str:
     word = word.partition("=")[0]
+    if (verb, word) in RENAMED:
+        return f" (it is {RENAMED[verb, word]} now)"
     flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(VERBS[verb])]
     close = [flag for flag in flags if flag.startswith(word)] or difflib.get_close_matches(word, flags, 1, cutoff=0.75)
     return f" (did you mean {close[0]}?)" if close else ""

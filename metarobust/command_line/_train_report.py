@@ -13,6 +13,8 @@ from metarobust.command_line._evaluate_run import say
 from metarobust.command_line._train_axes import MOVED
 from metarobust.command_line._train_checks import META_SET
 from metarobust.command_line._train_weighting import told_of
+from metarobust.meta_optimizers import LearnedOptimizer
+from metarobust.meta_optimizers._training_record import covers
 from metarobust.training import EpochRecord, TrainingResult
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ def announce(job: "Job", begin: int, processes: int) -> None:
     print(f"model {job.network.name}, {parameters:,} parameters, on {where}", flush=True)
     if flags.transport is not None or flags.divergence is not None or flags.learned_update:
         print("; ".join(f"{axis}: {choice}" for axis, choice in axes_of(flags).items()), flush=True)
+    trained = job.optimizer.meta_optimizer.record.get("threat_models") if isinstance(job.optimizer, LearnedOptimizer) else None
+    if trained is not None and not covers(trained, job.balls[-1]):
+        low, high = trained["epsilon"]
+        range_of = f"{trained['norm']} and epsilon {low:.3g} to {high:.3g}"
+        say(f"{flags.update} was trained with {range_of}; what it does beyond is not known")
     if kept.exists():
         print(f"going on from {kept}", flush=True)
 

@@ -1,6 +1,7 @@
 """What ``metarobust train`` does once its flags are read: data, network, warm-up, training."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,15 +144,17 @@ def _in_stages(job: Job, begin: int, *, leads: bool) -> TrainingResult:
             job.optimizer.threat_model = job.balls[stage]
         if stage > begin:
             hand_over(job.objectives[stage - 1], job.objectives[stage])
-        result = fit(
-            job.model,
-            job.objectives[stage],
-            job.parts.train,
-            checkpoint=files.checkpoint(stage, flags.warm_up),
-            on_epoch=reporter(job, stage) if leads else None,
-            **common,
-            **proper,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the meta-optimizer was trained with")  # said at the beginning
+            result = fit(
+                job.model,
+                job.objectives[stage],
+                job.parts.train,
+                checkpoint=files.checkpoint(stage, flags.warm_up),
+                on_epoch=reporter(job, stage) if leads else None,
+                **common,
+                **proper,
+            )
         if leads and stage > 0:
             files.checkpoint(stage - 1, flags.warm_up).unlink(missing_ok=True)
     return result  # pyright: ignore[reportPossiblyUnboundVariable]
