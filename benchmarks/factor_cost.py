@@ -95,7 +95,7 @@ def main() -> None:
         found = {way: ratio(taken, seconds["limit"]) for way, taken in seconds.items() if way != "limit"}
         content[name] = found | {"seconds": seconds}
         print(f"| {name} | " + " | ".join(show(one) for one in found.values()) + " |", flush=True)
-    write("factor_cost", content, arguments.out)
+    write("factor_cost_keep_memory" if arguments.keep_memory else "factor_cost", content, arguments.out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._common import environment
 from benchmarks._transfer_baselines import AT_EQUAL_PASSES, CLEAN, Candidate, baselines, hand_set
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, load_npz, split
@@ -240,7 +241,11 @@ def run(name: str, out: Path, seeds: int, only: list[str] | None, extra: dict[st
         trained = time.perf_counter()
         reports = judged(target, task, parameters, checks=method == SHIPPED)
         row = {"target": name, "method": method, "seeds": seeds, "settings": settings, "reports": reports}
-        row |= {"training_seconds": trained - begin, "judging_seconds": time.perf_counter() - trained}
+        row |= {
+            "training_seconds": trained - begin,
+            "judging_seconds": time.perf_counter() - trained,
+            "environment": environment(),
+        }
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         told = statistics.mean(r["clean"] for r in reports), statistics.mean(r["robust"] for r in reports)
