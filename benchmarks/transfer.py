@@ -1,7 +1,7 @@
 """Does a meta-optimizer that was trained on digits train other networks on other data robustly, without adversarial examples?
 
     uv run python -m benchmarks.transfer [--targets digits] [--seeds 6] [--out results]
-    METAROBUST_DATA=... uv run python -m benchmarks.transfer --targets mnist fashion-mnist cifar10 --seeds 3
+    METAROBUST_DATA=... uv run python -m benchmarks.transfer --targets mnist fashion-mnist cifar10 --seeds 3 [--first 3]
     uv run python -m benchmarks.transfer --summary --out benchmarks/measured
 
 Every target is a network and a number of training images. Each method trains one copy of it per seed, on that seed's own
@@ -10,7 +10,8 @@ chosen one is judged once, on test images, by the standard protocol of `evaluate
 shipped meta-optimizer and the three rules set by hand. A pass is one forward and one backward pass of one batch: a third each for
 the forward pass, for the gradients of activations and for those of weights; a rule that follows g + c h takes one pass per step,
 with the combined gradient of `record_factors`, and 4/3 with tangents. All of these, FGSM training and free training get the same
-number of passes. Runs end up in transfer.jsonl, one line each; what is there already is not run again.
+number of passes. Runs end up in transfer.jsonl, one line each; what is there already is not run again. Seeds may be run in
+groups (``--first 3``: seeds 3 to 5), each of which chooses its settings by itself; the tables join them.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks._common import environment
 from benchmarks._transfer_baselines import AT_EQUAL_PASSES, CLEAN, Candidate, baselines, hand_set
+from benchmarks._transfer_runs import joined, read
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools, load, load_npz, split
 from metarobust.evaluation import evaluate
@@ -161,11 +163,11 @@ def candidates(target: Target, extra: dict[str, str]) -> dict[str, list[Candidat
     }
 
 
-def task_for(target: Target, candidate: Candidate, seeds: int) -> ClassificationTask:
+def task_for(target: Target, candidate: Candidate, seeds: range) -> ClassificationTask:
     """One copy of the network per seed, each on its own images."""
     pool, _, _ = parts(target.data)
     threat_model = ThreatModel(epsilon=target.epsilon)
-    draws = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     subsets = [LowDataTasks(dataset=pool, examples=target.examples).sample_indices(draw) for draw in draws]
     two_streams = "source" in candidate.options
     return candidate.kind(
@@ -195,14 +197,14 @@ def robust(task: ClassificationTask, parameters: tuple[Tensor, ...], target: Tar
     return right.double().mean().item()
 
 
-def train(target: Target, choices: Iterable[Candidate], seeds: int) -> tuple[dict[str, Any], ClassificationTask, Any]:
+def train(target: Target, choices: Iterable[Candidate], seeds: range) -> tuple[dict[str, Any], ClassificationTask, Any]:
     """Train with every setting, keep the one that is best on validation images."""
     choices, best = list(choices), None
     for candidate in choices:
         task = task_for(target, candidate, seeds)
         keep = sorted({max(1, round(share * target.steps)) for share in candidate.steps})
         found = train_optimizees(
-            task, candidate.rule(keep[-1]), total_steps=keep[-1], generator=torch.Generator().manual_seed(seeds), keep=keep
+            task, candidate.rule(keep[-1]), total_steps=keep[-1], generator=torch.Generator().manual_seed(seeds.stop), keep=keep
         )
         for steps in keep:
             score = robust(task, found[steps], target) if len(choices) * len(keep) > 1 else 0.0
@@ -230,17 +232,24 @@ def judged(target: Target, task: ClassificationTask, parameters: tuple[Tensor, .
     return reports
 
 
-def run(name: str, out: Path, seeds: int, only: list[str] | None, extra: dict[str, str]) -> None:
+def run(name: str, out: Path, seeds: range, only: list[str] | None, extra: dict[str, str]) -> None:
     """Train and judge all methods on one target; append a line per method."""
-    target, done = TARGETS[name], {(row["target"], row["method"], row["seeds"]) for row in read(out)}
+    target, done = TARGETS[name], {(row["target"], row["method"], row.get("first", 0), row["seeds"]) for row in read(out)}
     for method, choices in candidates(target, extra).items():
-        if (name, method, seeds) in done or (only and method not in only):
+        if (name, method, seeds.start, len(seeds)) in done or (only and method not in only):
             continue
         begin = time.perf_counter()
         settings, task, parameters = train(target, choices, seeds)
         trained = time.perf_counter()
         reports = judged(target, task, parameters, checks=method == SHIPPED)
-        row = {"target": name, "method": method, "seeds": seeds, "settings": settings, "reports": reports}
+        row = {
+            "target": name,
+            "method": method,
+            "first": seeds.start,
+            "seeds": len(seeds),
+            "settings": settings,
+            "reports": reports,
+        }
         row |= {
             "training_seconds": trained - begin,
             "judging_seconds": time.perf_counter() - trained,
@@ -254,17 +263,13 @@ def run(name: str, out: Path, seeds: int, only: list[str] | None, extra: dict[st
         )
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The runs so far."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-
-
 def bars(out: Path) -> str:
     """One line per target that is complete: what the shipped optimizer reaches, between what and what, and its bar."""
     shown = (SHIPPED, *BY_HAND, *AT_EQUAL_PASSES, "PGD-5 training")
     lines = ["| target | best clean baseline | " + " | ".join(shown) + " | share (bar) |", "|---" * (3 + len(shown)) + "|"]
+    everything = joined(read(out))
     for name, target in TARGETS.items():
-        here = {row["method"]: row["reports"] for row in read(out) if row["target"] == name}
+        here = {method: row["reports"] for method, row in everything.get(name, {}).items()}
         if not {*CLEAN, *shown} <= here.keys():
             continue
         means = {m: (statistics.mean(r["clean"] for r in v), statistics.mean(r["robust"] for r in v)) for m, v in here.items()}
@@ -279,9 +284,9 @@ def bars(out: Path) -> str:
 
 def summary(out: Path) -> str:
     """One table per target: each method, and its share of the way from the best clean baseline to PGD training."""
-    rows, lines = read(out), []
+    everything, lines = joined(read(out)), []
     for name, target in TARGETS.items():
-        here = {row["method"]: row for row in rows if row["target"] == name}
+        here = everything.get(name, {})
         if not here:
             continue
         lines += [f"\n**{name}** (l_inf {target.epsilon:.3g}, {next(iter(here.values()))['seeds']} seeds)\n"]
@@ -292,10 +297,11 @@ def summary(out: Path) -> str:
         for method, row in here.items():
             robust = [r["robust"] for r in row["reports"]]
             share = f"{(means[method] - max(clean)) / (top - max(clean)):.2f}" if clean and top else ""
-            told = ", ".join(f"{k} {v}" for k, v in row["settings"].items() if k != "passes")
+            told = "; ".join(", ".join(f"{k} {v}" for k, v in one.items() if k != "passes") for one in row["settings"])
+            passes = ", ".join(dict.fromkeys(str(one["passes"]) for one in row["settings"]))
             spread = f"{means[method]:.3f} ({min(robust):.3f} to {max(robust):.3f})"
             clean_mean = statistics.mean(r["clean"] for r in row["reports"])
-            lines.append(f"| {method} | {told} | {row['settings']['passes']} | {clean_mean:.3f} | {spread} | {share} |")
+            lines.append(f"| {method} | {told} | {passes} | {clean_mean:.3f} | {spread} | {share} |")
     return "\n".join(lines)
 
 
@@ -303,7 +309,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="*", default=["digits"], help="parts of names of targets, or names of data sets")
     parser.add_argument("--only", nargs="*", help="methods to run; default: all")
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=6, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--out", default="results", help="folder of transfer.jsonl")
     parser.add_argument("--extra", nargs="*", default=[], metavar="NAME=FILE", help="further meta-optimizers, as controls")
     parser.add_argument("--paper-code", metavar="FILE", help="meta-train the paper's own setting to FILE, for --extra, and stop")
@@ -318,7 +325,8 @@ def main() -> None:
         torch.set_num_threads(1)
         for name, target in TARGETS.items():
             if any(part in name or part == target.data for part in arguments.targets):
-                run(name, out, arguments.seeds, arguments.only, dict(pair.split("=", 1) for pair in arguments.extra))
+                seeds = range(arguments.first, arguments.first + arguments.seeds)
+                run(name, out, seeds, arguments.only, dict(pair.split("=", 1) for pair in arguments.extra))
     print(summary(out))
     print(f"\nclean / robust accuracy, means over seeds\n\n{bars(out)}")
     return None
