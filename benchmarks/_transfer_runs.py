@@ -19,7 +19,7 @@ def joined(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
         before = taken.setdefault((row["target"], row["method"]), set())
         if before & seeds:
             raise ValueError(
-                f"seeds {sorted(before & seeds)} of {row['method']} on {row['target']} are there twice; delete one line"
+                f"seeds {sorted(before & seeds)} of {row['method']} on {row['target']} are there twice; delete one of the lines"
             )
         before |= seeds
         here = found.setdefault(row["target"], {}).setdefault(row["method"], {"seeds": 0, "settings": [], "reports": []})
