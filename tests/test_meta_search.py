@@ -18,6 +18,7 @@ from metarobust.meta_optimizers import (
     LSTMOptimizer,
     TaskDistribution,
     _search,
+    calibrate,
     load,
     meta_search,
     meta_train,
@@ -249,9 +250,17 @@ def test_only_what_can_be_turned_is_searched() -> None:
         meta_search(LSTMOptimizer(), TASKS.one_of_each)  # type: ignore[arg-type]
 
 
-def test_meta_training_refuses_tasks_of_another_source() -> None:
-    with pytest.raises(ValueError, match=r"source='gradient\+perturbed_factors'"):
-        meta_train(InterpretableOptimizer(), TASKS, iterations=1, total_steps=2, unroll=2, slots=1)
+def test_tasks_of_another_source_are_refused_before_anything_is_learned() -> None:
+    rule, told = (
+        InterpretableOptimizer(),
+        r"source='gradient\+perturbed_factors', like the rule, got 'gradient\+adversarial_tangent'",
+    )
+    with pytest.raises(ValueError, match=f"sample_task must be tasks with {told}"):
+        meta_train(rule, TASKS, iterations=1, total_steps=2, unroll=2, slots=1)
+    with pytest.raises(ValueError, match=f"sample_tasks must be tasks with {told}"):
+        meta_search(rule, TASKS.one_of_each, **SMALL)
+    with pytest.raises(ValueError, match=f"tasks must be tasks with {told}"):
+        calibrate(LSTMOptimizer(), TASKS.one_of_each(torch.Generator().manual_seed(0)), total_steps=2)
 
 
 def test_scores_count_clean_and_robust_accuracy() -> None:

@@ -17,7 +17,7 @@ from torchopt.base import EmptyState, GradientTransformation
 from metarobust.attacks import PGD, count_calls
 from metarobust.attacks._unrolled import Unrolled
 from metarobust.losses import cross_entropy, margin
-from metarobust.meta_optimizers import LSTMOptimizer, meta_train
+from metarobust.meta_optimizers import LSTMOptimizer, gradients_only, meta_train, train_optimizees
 from metarobust.meta_optimizers._attack_task import AttackTask
 from metarobust.meta_optimizers._estimators import Slot, unroll
 from metarobust.meta_optimizers._meta_training import MetaTrainingRun, MetaTrainingSettings
@@ -483,6 +483,16 @@ def unrolled_loss(run: MetaTrainingRun, slot: Slot) -> Tensor:
 def attack_task(threat_model: ThreatModel, **changes: Any) -> AttackTask:
     x, y = batch(near_the_box=True)
     return AttackTask(**{"model": network(), "x": x, "y": y, "threat_model": threat_model, **changes})
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=lambda t: t.norm)
+def test_whole_runs_keep_the_optimizee_where_it_may_be(threat_model: ThreatModel) -> None:
+    task = attack_task(threat_model)
+    (moved,) = train_optimizees(
+        task, torchopt.chain(gradients_only(), torchopt.sgd(10.0)), total_steps=3, generator=torch.Generator()
+    )[3]
+    assert not torch.equal(moved, task.x)
+    assert threat_model.contains(moved, task.x).all()
 
 
 def fresh_optimizer() -> LSTMOptimizer:

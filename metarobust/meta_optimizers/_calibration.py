@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torchopt import apply_updates
 from torchopt.base import GradientTransformation
 
 from metarobust._checks import finite, integer, require
-from metarobust.meta_optimizers._kinds import MetaOptimizer
+from metarobust.meta_optimizers._estimators import advanced
+from metarobust.meta_optimizers._kinds import MetaOptimizer, check_source
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.types import Task
 
@@ -33,8 +33,7 @@ def train_optimizees(
     for step in range(1, total_steps + 1):
         _, streams = task.streams(parameters, generator=generator)
         with torch.no_grad():
-            updates, state = rule.update(cast("Any", streams), state, params=cast("Any", parameters), inplace=False)
-            parameters = cast("Any", apply_updates(cast("Any", parameters), updates, inplace=False))
+            parameters, state = advanced(task, rule, streams, state, parameters)
         if step in keep or step == total_steps:
             kept[step] = parameters
     return kept if 0 in keep else {step: p for step, p in kept.items() if step}
@@ -73,6 +72,8 @@ def calibrate(
     """
     require(meta_optimizer.two_streams, "meta_optimizer", "one that reads two streams", "one that reads the gradient alone")
     require(len(tasks) > 0, "tasks", "at least one task", "none")
+    for task in tasks:
+        check_source(meta_optimizer, task, "tasks")
     integer("total_steps", total_steps, least=1)
     for name, offsets in (("first", first), ("others", others)):
         require(len(offsets) > 0, name, "at least one offset", "none")

@@ -55,6 +55,24 @@ Start = tuple[tuple[Tensor, ...], Any]
 """Parameters and state that steps begin with."""
 
 
+def advanced(
+    task: Task,
+    rule: GradientTransformation,
+    streams: Any,
+    state: Any,
+    parameters: tuple[Tensor, ...],
+    *,
+    seen: tuple[Tensor, ...] | None = None,
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Parameters and state after one step of the rule, which is shown ``seen`` (default: the parameters).
+
+    A task whose optimizee is constrained, as a perturbation is, has a method ``project``.
+    """
+    updates, state = rule.update(streams, state, params=cast("Any", parameters if seen is None else seen), inplace=False)
+    parameters = cast("Any", apply_updates(cast("Any", parameters), updates, inplace=False))
+    return (cast("Any", task).project(parameters) if hasattr(task, "project") else parameters), state
+
+
 def unroll(
     slot: Slot,
     rule: GradientTransformation,
@@ -78,10 +96,7 @@ def unroll(
         _, streams = slot.task.streams(parameters, generator=slot.generator, create_graph=exact)
         with torch.set_grad_enabled(graph):
             seen = parameters if exact else tree_detach(parameters)
-            updates, state = rule.update(cast("Any", streams), state, params=cast("Any", seen), inplace=False)
-            parameters = cast("Any", apply_updates(cast("Any", parameters), updates, inplace=False))
-            if hasattr(slot.task, "project"):  # the optimizee is constrained, as a perturbation is
-                parameters = cast("Any", slot.task).project(parameters)
+            parameters, state = advanced(slot.task, rule, streams, state, parameters, seen=seen)
             if position % settings.meta_loss_every == 0 or position == settings.unroll:
                 weight = 0.3 + settings.late_weight * (slot.age + position) / slot.total_steps
                 losses = slot.task.meta_loss(parameters, generator=slot.generator)

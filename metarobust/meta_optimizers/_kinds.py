@@ -1,5 +1,8 @@
-"""The kinds of meta-optimizer there are, by the name that a file gives them."""
+"""The kinds of meta-optimizer there are, by the name that a file gives them, and the streams that they must meet."""
 
+from typing import Any
+
+from metarobust._checks import require
 from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._lstm import LSTMOptimizer
 
@@ -8,3 +11,11 @@ MetaOptimizer = LSTMOptimizer | InterpretableOptimizer
 KINDS: dict[str, type[LSTMOptimizer] | type[InterpretableOptimizer]] = {
     kind.__name__: kind for kind in (LSTMOptimizer, InterpretableOptimizer)
 }
+
+
+def check_source(meta_optimizer: MetaOptimizer, task: Any, where: str) -> None:
+    """Refuse a task with another second stream than the rule is told to read: the file would name the wrong one."""
+    if meta_optimizer.two_streams:
+        source, own = getattr(task, "source", None), meta_optimizer.gradient_source
+        remedy = f"or give the rule gradient_source={source!r}"
+        require(source in (own, "gradient", None), where, f"tasks with source={own!r}, like the rule", repr(source), remedy)

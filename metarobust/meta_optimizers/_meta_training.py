@@ -16,7 +16,7 @@ from metarobust._checks import choice, finite, integer, require
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
-from metarobust.meta_optimizers._kinds import MetaOptimizer
+from metarobust.meta_optimizers._kinds import MetaOptimizer, check_source
 from metarobust.meta_optimizers._resume import load_run, save_run
 from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import reading_streams
@@ -247,9 +247,7 @@ class MetaTrainingRun:
         """The task that this seed gives, at age 0."""
         generator = torch.Generator().manual_seed(task_seed)
         task = self.sample_task(generator)
-        if self.meta_optimizer.two_streams:
-            source, own = getattr(task, "source", None), self.meta_optimizer.gradient_source
-            require(source in (own, "gradient", None), "sample_task", f"tasks with source={own!r}, like the rule", repr(source))
+        check_source(self.meta_optimizer, task, "sample_task")
         self.threat_models = widened(self.threat_models, getattr(task, "threat_model", None))
         parameters = task.initial_parameters(generator=generator)
         state = self.rule_for(total_steps).init(cast("Any", parameters))

@@ -18,6 +18,7 @@ from metarobust._progress import progress_bar
 from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.meta_optimizers._calibration import train_optimizees
 from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
+from metarobust.meta_optimizers._kinds import check_source
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import reading_streams
@@ -147,6 +148,7 @@ def meta_search(
                 draw = torch.Generator().manual_seed(1_000_003 * seed + len(history))
                 tasks = [(task, _steps(total_steps, draw)) for task in sample_tasks(draw)]
                 for task, _ in tasks:
+                    check_source(meta_optimizer, task, "sample_tasks")
                     threat_models = widened(threat_models, task.threat_model)
                 moves = mean + spread * torch.randn(population, len(first), generator=draw, dtype=torch.float64)
                 moves[-1] = mean
