@@ -86,7 +86,7 @@ class TaskDistribution:
         return self.task(names[_below(len(names), generator)], share, generator)
 
     def one_of_each(self, generator: torch.Generator) -> list[ClassificationTask]:
-        """One task per architecture, from ``generator``, with radii spread evenly over the range: less noise for the same work."""
+        """One task per architecture, from ``generator``, radii spread evenly over the range: less noise for the same work."""
         names, count = list(self.architectures), len(self.architectures)
         order = torch.randperm(count, generator=generator).tolist()
         return [

@@ -211,7 +211,7 @@ class LSTMOptimizer(UpdateRule):
         return update, new_state
 
     def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether `step_in_place` takes these ``parameters``: contiguous, on a CPU; the rule has all features and an Adam base."""
+        """Whether `step_in_place` takes these ``parameters``: contiguous, on a CPU; a rule of all features and an Adam base."""
         made_for = self.preprocessing == "full" and self.base == "adam"
         return made_for and all(p.device.type == "cpu" and p.is_contiguous() for p in parameters)
 

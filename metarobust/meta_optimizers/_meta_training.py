@@ -54,7 +54,7 @@ class MetaTrainingSettings:
 
     @classmethod
     def serban2020(cls, *, iterations: int) -> Self:
-        """The paper's code, ``iterations`` updates: T = 480, K = 20, every step's loss with equal weight, first order, Adam at 0.01.
+        """The paper's code, ``iterations`` updates: T = 480, K = 20, all steps' losses alike, first order, Adam at 0.01.
 
         Pass it on as ``meta_train(LSTMOptimizer.serban2020(), sample_task, **asdict(settings))``, with tasks whose
         ``training_attack`` and ``meta_attack`` are the same. Not reproduced: examples crafted on the weights at the start of

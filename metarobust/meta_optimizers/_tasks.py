@@ -129,7 +129,7 @@ class ClassificationTask:
         return self._losses(self.model(parameters), x, y)
 
     def meta_accuracy(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
-        """Accuracy ``[optimizees]`` at ``parameters`` on all judging examples, moved by ``meta_attack`` (noise: ``generator``)."""
+        """Accuracy ``[optimizees]`` at ``parameters`` on all judging examples, under ``meta_attack`` (noise: ``generator``)."""
         x, y = self._judging_batch(parameters, self.held_out.shape[1], generator)
         return self._accuracy(parameters, x, y)
 

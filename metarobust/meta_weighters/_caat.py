@@ -186,7 +186,7 @@ class CAAT(nn.Module):
     # What training.fit calls -------------------------------------------------------------------------------------------
 
     def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
-        """Begin ``epoch`` (from 0) of ``epochs``: set the temperature; a `ReMargin` reads ``model``'s errors (noise: ``generator``)."""
+        """Begin ``epoch`` (from 0) of ``epochs``: temperature, and a `ReMargin` by ``model``'s errors (noise: ``generator``)."""
         if self.temperature is not None:
             first, last = self.temperature
             self.network.temperature = first * (last / first) ** (epoch / max(1, epochs - 1))
