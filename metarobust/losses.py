@@ -88,7 +88,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the label's logit: positive exactly when the example is misclassified (Robey et al., 2024, eq. 6).
+    """Best wrong logit minus the label's logit: positive exactly when the example is misclassified (Robey et al., 2024).
 
     ``logits [batch, classes], y [batch] -> [batch]``. Ties count as misclassified only when positive, so a constant classifier
     has margin 0.

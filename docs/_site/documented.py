@@ -14,6 +14,7 @@ import itertools
 import pkgutil
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,17 @@ def public_modules(package: str = "metarobust") -> list[str]:
     """The modules and subpackages without an underscore."""
     path = importlib.import_module(package).__path__
     return [f"{package}.{module.name}" for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
+
+
+def link_targets(package: str = "metarobust") -> dict[str, str]:
+    """Public names in full, by every way to write them that means one thing: alone, after their module, in full."""
+    full = [f"{path}.{name}" for path in public_modules(package) for name in importlib.import_module(path).__all__]
+    count = Counter(path.rsplit(".", 1)[1] for path in full)
+    found = {}
+    for path in full:
+        _, module, name = path.split(".")
+        found |= {path: path, f"{module}.{name}": path} | ({name: path} if count[name] == 1 else {})
+    return found
 
 
 def all_gaps(package: str = "metarobust") -> list[str]:
