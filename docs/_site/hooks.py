@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # this checkout, whateve
 
 import documented  # noqa: E402
 
-README = "<!-- the README -->"
+OPENING, SECTIONS = "<!-- the README's opening -->", "<!-- the README's sections -->"
 PAGE = """# metarobust.{name}
 
 ::: {path}
@@ -33,6 +33,7 @@ MEMBER = """
 ::: {path}.{name}
 """
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+GLUED = re.compile(r"<p>(?:(?!</p>).)*\n(?:- |1\. )([^\n<]*)", re.DOTALL)
 CODE = re.compile(r"(<a [^>]*>|<h\d[^>]*>)?<code>(\w+(?:\.\w+)*(?:\(\w+\))?)</code>")
 MENTION = re.compile(r"\bdocs/([\w/-]+\.md)\b")
 
@@ -55,14 +56,17 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the README, without its title, where a page asks for it."""
-    return markdown.replace(README, _from_root("README.md").split("\n", 1)[1])
+    """Put the README, without its title, where the home page asks for it."""
+    opening, sections = _from_root("README.md").split("\n", 1)[1].split("\n## ", 1)
+    return markdown.replace(OPENING, opening).replace(SECTIONS, "## " + sections)
 
 
 def on_page_content(content: str, page: Any, files: Files, **_: Any) -> str:
     """Formulas become MathML; public names, and the pages that docstrings mention, become links."""
     content = FORMULA.sub(_mathml, content)
     here = page.file.src_uri
+    if glued := GLUED.search(content):
+        raise PluginError(f"{here}: the list that begins with {glued[1]!r} needs an empty line before it")
 
     def page_link(mention: re.Match[str]) -> str:
         target = files.get_file_from_path(mention[1])
@@ -81,6 +85,8 @@ def on_page_content(content: str, page: Any, files: Files, **_: Any) -> str:
 
 def _target(name: str) -> str | None:
     """The anchor of ``Name``, ``Name.attribute`` or ``Name(argument)``."""
+    if re.fullmatch("[a-z]+", name):  # an argument as likely as a function, as `margin`
+        return None
     parts, targets = re.split(r"[.(]", name.rstrip(")")), documented.link_targets()
     return next((targets[path] for n in (3, 2, 1) if (path := ".".join(parts[:n])) in targets and len(parts) >= n), None)
 
