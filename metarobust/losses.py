@@ -31,7 +31,10 @@ __all__ = [
 ]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From ``logits [batch, classes]`` and ``y [batch]`` to losses ``[batch]``."""
+
 TargetedLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From ``logits [batch, classes]``, ``y [batch]`` and wrong classes ``target [batch]`` to losses ``[batch]``."""
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -47,8 +50,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def boosted_cross_entropy(logits: Tensor, y: Tensor, *, offset: float = 1e-4) -> Tensor:
     r"""Cross-entropy plus a penalty of the best wrong class, :math:`-\log p_y - \log(1 + offset - \max_{k \ne y} p_k)`.
 
-    From MART (Wang et al., 2020): offset 0 is the paper's formula, 1e-4 that of its code, which bounds the penalty by 9.21 and
-    lets its gradient fade for examples that are wrong beyond doubt. (The code adds 1e-12 besides, less than float32 resolves.)
+    From MART (Wang et al., 2020): ``offset`` 0 is the paper's formula, 1e-4 that of its code, which bounds the penalty by 9.21
+    and lets its gradient fade for examples that are wrong beyond doubt. (The code adds 1e-12 besides, nothing in float32.)
     ``logits [batch, classes], y [batch] -> [batch]``, at least two classes. Computed from log-probabilities: finite, with a
     finite gradient, for any finite logits.
 
@@ -85,7 +88,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the label's logit: positive exactly when the example is misclassified (Robey et al., 2024, eq. 6).
+    """Best wrong logit minus the label's logit: positive exactly when the example is misclassified (Robey et al., 2024).
 
     ``logits [batch, classes], y [batch] -> [batch]``. Ties count as misclassified only when positive, so a constant classifier
     has margin 0.
@@ -148,7 +151,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """Log-probability of the target, ``[batch]``; the label is not read.
+    """Log-probability of the target: ``logits [batch, classes], y [batch], target [batch] -> [batch]``; the label is not read.
 
     Example:
         >>> targeted_cross_entropy(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2]))
@@ -158,15 +161,18 @@ def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+"""The losses that attacks and objectives know by name."""
+
 TARGETED_LOSSES: dict[str, TargetedLoss] = {
     "cross_entropy": targeted_cross_entropy,
     "margin": targeted_margin,
     "dlr": targeted_dlr,
 }
+"""The targeted losses that attacks know by name."""
 
 
 def loss_function(loss: str | Loss) -> Loss:
-    """The loss behind a name, or the callable itself."""
+    """The loss behind a name of `LOSSES`, or the callable ``loss`` itself."""
     if callable(loss):
         return loss
     choice("loss", loss, LOSSES)
@@ -174,7 +180,7 @@ def loss_function(loss: str | Loss) -> Loss:
 
 
 def targeted_loss_function(loss: str | TargetedLoss) -> TargetedLoss:
-    """The targeted loss behind a name, or the callable ``(logits, y, target) -> [batch]`` itself."""
+    """The targeted loss behind a name of `TARGETED_LOSSES`, or the callable ``loss`` itself."""
     if callable(loss):
         return loss
     choice("loss", loss, TARGETED_LOSSES)

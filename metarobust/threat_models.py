@@ -12,6 +12,7 @@ from metarobust._tensors import flat, normal, norms, per_example, uniform
 __all__ = ["NORMS", "ThreatModel"]
 
 NORMS = ("linf", "l2", "l1")
+"""The norms that a ball can be measured in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,12 @@ class ThreatModel:
         return norms(x_adv - x, self.norm)
 
     def contains(self, x_adv: Tensor, x: Tensor, *, tolerance: float = 1e-5) -> Tensor:
-        """Whether each example lies in ball and box, up to a ``tolerance`` in input units; bool, shape ``[batch]``."""
+        """Whether each ``x_adv`` lies in the ball of its ``x`` and in the box, up to a ``tolerance`` in input units; bool."""
         inside_box = ((x_adv >= self.lower - tolerance) & (x_adv <= self.upper + tolerance)).flatten(1).all(1)
         return inside_box & (self.distance(x_adv, x) <= self.epsilon + tolerance)
 
     def bounds(self, x: Tensor, *, radius: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The l_inf ball cut by the box, as ``(lowest, highest)`` values per coordinate; it encloses every other ball.
+        """The l_inf ball of ``x`` cut by the box, as ``(lowest, highest)`` per coordinate; it encloses every other ball.
 
         ``radius [batch]`` gives each example its own in place of epsilon.
         """
@@ -132,7 +133,7 @@ class ThreatModel:
         return x + torch.where(held, edge, torch.where(outside, shrunk, move)).reshape(x.shape)
 
     def sample(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """A uniform point of the ball, clipped to the box, per example; noise is drawn on the CPU and moved."""
+        """A uniform point of the ball of each ``x``, clipped to the box; noise is drawn by ``generator`` on the CPU and moved."""
         if self.norm == "linf":
             noise = uniform(x.shape, like=x, generator=generator).mul_(2).sub_(1)
         else:
@@ -147,7 +148,7 @@ class ThreatModel:
         return (x + self.epsilon * noise).clamp_(self.lower, self.upper)
 
     def ascent_direction(self, gradient: Tensor, x: Tensor | None = None) -> Tensor:
-        """The direction of steepest ascent with unit length in ``norm``: sign, normalised gradient, or one coordinate (l1).
+        """Steepest ascent for a ``gradient``, of unit length in ``norm``: sign, normalised gradient, or one coordinate (l1).
 
         For l1, coordinates of ``x`` that the box lets move no further are passed over. A zero gradient gives zero.
         """

@@ -30,15 +30,15 @@ class TransportCost(Protocol):
         ...
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Cost per example, ``[batch]``: at least 0, 0 at ``x``, inf outside the domain; differentiable where finite."""
+        """Cost of each ``x_adv``, ``[batch]``: at least 0, 0 at ``x``, inf outside the domain; differentiable where finite."""
         ...
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """A nearest point of the domain, shaped like ``x``."""
+        """A point of the domain nearest to ``x_adv``, shaped like ``x``."""
         ...
 
     def step(self, x_adv: Tensor, x: Tensor, gradient: Tensor, *, scale: float, length: float) -> Tensor:
-        """The next point of the ascent, inside the domain, at most ``length`` away from ``x_adv`` in that norm.
+        """The next point of the ascent from ``x``, inside the domain, at most ``length`` away from ``x_adv`` in that norm.
 
         ``gradient`` is the loss's at ``x_adv``, ``scale`` the price of the cost.
         """

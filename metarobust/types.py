@@ -38,14 +38,38 @@ class Streams(NamedTuple):
 class Attack(Protocol):
     """Moves examples inside a threat model: the result is detached and lies inside ball and box."""
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Move a batch.
+
+        Args:
+            model: the classifier under attack; called in the mode it is in, and left as it is.
+            x: examples ``[batch, ...]`` in input units, inside the box.
+            y: labels, int64 ``[batch]``.
+            generator: a CPU generator that all noise comes from; without one, torch's global generator.
+
+        Returns:
+            The moved examples, shaped like x, on its device and in its dtype.
+        """
+        ...
 
 
 @runtime_checkable
 class RobustLoss(Protocol):
     """A loss per example, shape ``[batch]``, differentiable in the model's parameters."""
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Charge a batch.
+
+        Args:
+            model: the classifier in training; the loss is differentiable in its parameters.
+            x: clean examples ``[batch, ...]`` in input units, inside the box.
+            y: labels, int64 ``[batch]``.
+            generator: a CPU generator that the noise of attacks comes from; without one, torch's global generator.
+
+        Returns:
+            One loss per example, ``[batch]``.
+        """
+        ...
 
 
 class Task(Protocol):
@@ -61,10 +85,31 @@ class Task(Protocol):
 
     optimizees: int
 
-    def initial_parameters(self, *, generator: torch.Generator) -> tuple[Tensor, ...]: ...
+    def initial_parameters(self, *, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Where training starts.
+
+        Args:
+            generator: that fresh parameters are drawn from, on the CPU.
+        """
+        ...
 
     def streams(
         self, parameters: tuple[Tensor, ...], *, generator: torch.Generator, create_graph: bool = False
-    ) -> tuple[Tensor, Streams]: ...
+    ) -> tuple[Tensor, Streams]:
+        """Training losses ``[optimizees]`` of one step, and the streams that the update rule reads.
 
-    def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor: ...
+        Args:
+            parameters: one tensor ``[optimizees, ...]`` per parameter.
+            generator: that the minibatch and all noise are drawn from, on the CPU.
+            create_graph: keep the graph from the parameters to both streams, for a second-order meta-gradient.
+        """
+        ...
+
+    def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
+        """What meta-training minimises at these parameters, ``[optimizees]``, differentiable in them.
+
+        Args:
+            parameters: one tensor ``[optimizees, ...]`` per parameter.
+            generator: that the judging examples and all noise are drawn from, on the CPU.
+        """
+        ...

@@ -114,6 +114,9 @@ class BETA:
         For target j the best is the largest :math:`M_j` over all rows of the example, whatever their target, all steps and the
         clean point. With all wrong classes as targets, the largest of them is the margin of the point that a call returns.
 
+        Args:
+            model, x, y, generator: as in a call, see `metarobust.types.Attack`.
+
         Raises:
             ValueError: ``survivors_only``, which stops before the other targets have had their steps.
         """

@@ -148,6 +148,10 @@ class TransportAscent:
         The second column keeps the best moved point even where x is better, because a dual may ask for a mixture of the two,
         at a scale where they are equally good; for the same reason the result is the moved point when it is as good as x up
         to rounding (1e-6). Without ``rescale``, it is never worse than x.
+
+        Args:
+            model, x, y, generator: as in a call, see `metarobust.types.Attack`.
+            rescale: ``rescale(losses [batch, 2], costs [batch, 2]) -> float``, a new scale, as said above.
         """
         cost, scale, free_ball = self.transport_cost, float(self.scale), self.transport_cost.free_ball
         x, y = checked(free_ball, model, x, y)

@@ -38,7 +38,7 @@ class OptimalAttack(NamedTuple):
         return f"OptimalAttack({len(self.example)} moves to {len(self.positions)} positions)"
 
     def risk(self, classifier: Callable[[Tensor], Tensor]) -> float:
-        """Expected error under these moves of a classifier that returns probabilities ``[batch, classes]``.
+        """Expected error under these moves of a ``classifier`` that returns probabilities ``[batch, classes]``.
 
         At least ``lower`` of the bound, for whatever classifier. For a network pass ``lambda x: model(x.float()).softmax(1)``, or
         one-hot predictions.

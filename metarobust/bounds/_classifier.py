@@ -20,6 +20,11 @@ class RobustClassifier:
 
     Call it with ``[batch, ...]`` in input units; it returns probabilities ``[batch, classes]``, float64. It has no gradient.
 
+    Args:
+        graph: which points conflict; `RiskBound.classifier` passes it on.
+        guarantee: the potentials q, float64 ``[n]``.
+        shape: of one input, without the batch.
+
     Example:
         >>> from metarobust.bounds import adversarial_risk_bound
         >>> from metarobust.threat_models import ThreatModel
@@ -42,7 +47,7 @@ class RobustClassifier:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """``[batch, ...]`` in input units to probabilities ``[batch, classes]``, float64, on the device of the points."""
+        """``x [batch, ...]`` in input units to probabilities ``[batch, classes]``, float64, on the device of the points."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(message("x", f"of shape [batch, {', '.join(map(str, self.shape))}]", list(x.shape)))
         rows = flat(x).double().to(self.x.device)

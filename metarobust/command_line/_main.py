@@ -28,7 +28,11 @@ RENAMED = {("train", "--optimizer"): "--update"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Meta-learning robust classifiers through higher-order gradients."""
+    """Meta-learning robust classifiers through higher-order gradients.
+
+    Args:
+        arguments: the words after ``metarobust``; by default those of the process.
+    """
     try:
         try:
             _run(sys.argv[1:] if arguments is None else list(arguments))
@@ -63,7 +67,7 @@ def _parse(words: list[str]) -> object:
             return tyro.extras.subcommand_cli_from_dict(
                 VERBS | {"version": print_version},
                 prog="metarobust",
-                description=main.__doc__,
+                description=str(main.__doc__).splitlines()[0],
                 args=words,
             )
     except SystemExit as stop:

@@ -39,13 +39,18 @@ class Divergence(Protocol):
     """How far weights are from the base weights: a value, and the worst-case weights under it as a penalty."""
 
     def __call__(self, weights: Tensor, base_weights: Tensor | None = None) -> Tensor:
-        """D(weights || base weights), a scalar in float64."""
+        """D(weights || base weights), a scalar in float64.
+
+        Args:
+            weights: ``[n]``, floating point, a distribution.
+            base_weights: ``[n]``, likewise; uniform by default.
+        """
         ...
 
     def tilt(self, z: np.ndarray, base: np.ndarray, start: float | None = None) -> Tilt:
         """The maximiser of ``w @ z - D(w || base)`` for float64 ``z [n]`` and ``base [n]``, positive with sum 1.
 
-        An entry of ``z`` may be -inf: the example is out of reach.
+        An entry of ``z`` may be -inf: the example is out of reach. ``start``: the ``inner`` of a nearby problem, if known.
         """
         ...
 

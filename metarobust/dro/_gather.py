@@ -8,7 +8,7 @@ from metarobust._processes import processes
 
 
 def gather_examples(values: Tensor) -> Tensor:
-    """The rows of every process, in the order of their ranks: ``[n, ...]`` here, ``[n of all, ...]`` on all of them alike.
+    """The rows of every process, in the order of their ranks: ``values [n, ...]`` here, ``[n of all, ...]`` on all alike.
 
     The rows of this process keep their graph; those of the others are constants. So the gradient that reaches this process is
     its own share of the joint gradient, and the shares of all add up to it. (`DistributedDataParallel` averages: multiply by

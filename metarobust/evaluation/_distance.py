@@ -17,7 +17,7 @@ class DistanceToBound(NamedTuple):
     open, it may be too large by up to ``upper - lower``. A negative `difference` is impossible for r itself: then the attacks
     missed at least that share of the examples.
 
-    **R* belongs to these points alone (the empirical distribution).** Classifiers that know the points by heart, and may answer
+    R* belongs to these points alone (the empirical distribution). Classifiers that know the points by heart, and may answer
     at random, count too. On few or distant points it is 0, although no practical classifier gets there.
 
     Attributes:

@@ -18,6 +18,11 @@ def protocol_attacks(protocol: str, threat_model: ThreatModel, classes: int = 10
       classes (needs 4 classes); `Alternating` with more of everything, on half of the survivors; Square with 5,000 queries.
 
     Square is left out for l1, where it is not defined.
+
+    Args:
+        protocol: ``"quick"``, ``"standard"`` or ``"strong"``.
+        threat_model: ball and box, in input units.
+        classes: of the model; the targeted attacks ask for 4.
     """
     choice("protocol", protocol, PROTOCOLS)
     if protocol == "quick":

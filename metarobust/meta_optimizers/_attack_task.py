@@ -82,7 +82,7 @@ class AttackTask:
         return (self.threat_model.sample(self.x, generator=generator) if self.random_start else self.x.clone(),)
 
     def project(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The parameters, back in ball and box; meta-training calls this after each update, the graph kept."""
+        """``parameters``, back in ball and box; meta-training calls this after each update, the graph kept."""
         return tuple(self.threat_model.project(p, self.x) for p in parameters)
 
     @torch.enable_grad()

@@ -17,7 +17,12 @@ from metarobust.types import Task
 
 
 class Calibration(NamedTuple):
-    """The offsets chosen for (first layer, other layers) and the mean accuracy of every pair tried."""
+    """What `calibrate` chose.
+
+    Attributes:
+        offsets: added to the coefficients of (first layer, other layers).
+        scores: mean accuracy of every pair tried.
+    """
 
     offsets: tuple[float, float]
     scores: dict[tuple[float, float], float]
@@ -26,7 +31,15 @@ class Calibration(NamedTuple):
 def train_optimizees(
     task: Task, rule: GradientTransformation, *, total_steps: int, generator: torch.Generator, keep: Sequence[int] = ()
 ) -> dict[int, tuple[Tensor, ...]]:
-    """Train a task's optimizees with a fixed rule; parameters after ``total_steps`` and at the steps to ``keep``."""
+    """Train a task's optimizees with a fixed rule; parameters after ``total_steps`` and at the steps to ``keep``.
+
+    Args:
+        task: whose optimizees start from fresh parameters.
+        rule: a TorchOpt transformation that reads `metarobust.types.Streams` of stacked copies.
+        total_steps: of the run.
+        generator: of all randomness, on the CPU.
+        keep: steps whose parameters are wanted besides; 0 is the start.
+    """
     parameters = task.initial_parameters(generator=generator)
     state = rule.init(cast("Any", parameters))
     kept = {0: parameters}

@@ -80,13 +80,13 @@ class TaskDistribution:
         integer("copies", self.copies, least=1)
 
     def __call__(self, generator: torch.Generator) -> ClassificationTask:
-        """A task with everything drawn."""
+        """A task with everything drawn from ``generator``, a CPU generator."""
         names = list(self.architectures)
         share = float(torch.rand((), generator=generator))
         return self.task(names[_below(len(names), generator)], share, generator)
 
     def one_of_each(self, generator: torch.Generator) -> list[ClassificationTask]:
-        """One task per architecture, with radii spread evenly over the range: less noise for the same number of tasks."""
+        """One task per architecture, from ``generator``, radii spread evenly over the range: less noise for the same work."""
         names, count = list(self.architectures), len(self.architectures)
         order = torch.randperm(count, generator=generator).tolist()
         return [
@@ -95,7 +95,7 @@ class TaskDistribution:
         ]
 
     def task(self, architecture: str, share: float, generator: torch.Generator) -> ClassificationTask:
-        """A task with this architecture, and a radius at ``share`` in [0, 1] of the range on a log scale."""
+        """A task of ``architecture``, its radius at ``share`` in [0, 1] of the range on a log scale, else from ``generator``."""
         pools = list(self.datasets.values())
         pool = pools[_below(len(pools), generator)]
         low, high = self.epsilon

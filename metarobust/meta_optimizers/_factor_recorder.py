@@ -22,7 +22,13 @@ from metarobust.threat_models import ThreatModel
 
 
 class FactorGradients(NamedTuple):
-    """``loss`` and, one entry per parameter, the gradient and the second stream."""
+    """What `factor_gradients` returns.
+
+    Attributes:
+        loss: the value of the closure, detached.
+        gradients: one tensor per parameter.
+        perturbed_factor_gradients: the second stream, likewise.
+    """
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
@@ -33,6 +39,9 @@ class FactorRecorder:
     """Watches the layer calls of one forward pass; ``backward`` then fills ``.grad`` and the second stream.
 
     Made by :func:`record_factors`.
+
+    Args:
+        model, threat_model, source, coefficients, generator: see :func:`record_factors`.
     """
 
     def __init__(

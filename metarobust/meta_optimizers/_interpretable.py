@@ -28,8 +28,13 @@ SHRINK_SCALE = 10.0
 
 
 class InterpretableState(NamedTuple):
-    """Everything an `InterpretableOptimizer` remembers: running means ``[copies, coordinates]`` of the combined stream and of its
-    square, and the count of updates, a scalar int64 tensor on the CPU."""
+    """Everything an `InterpretableOptimizer` remembers.
+
+    Attributes:
+        momentum: running mean of the combined stream, ``[copies, coordinates]``.
+        square: running mean of its square, likewise.
+        step: count of updates, a scalar int64 tensor on the CPU.
+    """
 
     momentum: Tensor
     square: Tensor
@@ -45,7 +50,7 @@ class InterpretableState(NamedTuple):
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "InterpretableState":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, whose result ``found`` is."""
         return cls(found["momentum"], found["square"], torch.as_tensor(found["step"], dtype=torch.int64))
 
 
@@ -124,7 +129,16 @@ class InterpretableOptimizer(UpdateRule):
         *,
         total_steps: int,
     ) -> tuple[Tensor, InterpretableState]:
-        """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``."""
+        """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``.
+
+        Args:
+            g: the gradient.
+            h: the second stream, or None for a rule with one.
+            state: an `InterpretableState`; it is not changed.
+            parameters: before the update.
+            layout: which coordinate belongs to which tensor.
+            total_steps: the number of steps planned, T.
+        """
         step = int(state.step) + 1
         g, h = checked_streams(self, g, h)
         terms, factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))
@@ -149,12 +163,12 @@ class InterpretableOptimizer(UpdateRule):
 
     @torch.no_grad()
     def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:
-        """c of each tensor in a step, from 1."""
+        """c of each tensor of ``layout`` in a ``step``, from 1, of ``total_steps``."""
         factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))[1]
         return None if factors is None else factors.tolist()
 
     def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether `step_in_place` can take these: always."""
+        """Whether `step_in_place` can take these ``parameters``: always."""
         return True
 
     @torch.no_grad()
@@ -174,6 +188,10 @@ class InterpretableOptimizer(UpdateRule):
         Where an entry of ``h`` is None, that of ``g`` is the combined stream already.
 
         For tensors of the rule's own dtype; equal to `step` up to rounding.
+
+        Args:
+            parameters, g, h, state, layout, total_steps: as in `step`, the first three as one tensor per parameter.
+            lr: factor on the update.
         """
         step = int(state.step) + 1
         terms, factors = self._by_tensor(layout, time_basis(step, total_steps, self.log_coefficient))
@@ -219,7 +237,7 @@ class InterpretableOptimizer(UpdateRule):
         return told
 
     def table(self, *, fan_in: int = 64) -> str:
-        """The coefficients of every role at the beginning, the middle and the end, as a table in Markdown.
+        """The coefficients of every role, for ``fan_in``, at the beginning, the middle and the end, as a table in Markdown.
 
         Factors are those of networks without normalisation; a last line tells what they are multiplied by in others.
         """
@@ -276,7 +294,7 @@ class InterpretableOptimizer(UpdateRule):
 
     @torch.no_grad()
     def turn(self, by: Mapping[str, float]) -> None:
-        """Move this rule along its :meth:`knobs`, in place.
+        """Move this rule along its :meth:`knobs`, in place; ``by`` holds a distance per name.
 
         Example:
             >>> rule = InterpretableOptimizer()

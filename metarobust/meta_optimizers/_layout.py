@@ -12,6 +12,7 @@ ROLES = (
     "first convolution", "inner convolution", "last convolution",
     "bias", "normalisation",
 )  # fmt: skip
+"""What a parameter tensor may be for; learned coefficients belong to a role."""
 
 BIAS, NORMALISATION = ROLES.index("bias"), ROLES.index("normalisation")
 

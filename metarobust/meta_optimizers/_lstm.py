@@ -22,8 +22,11 @@ BASES = ("adam", "none")
 class LSTMState(NamedTuple):
     """Everything an LSTM update rule remembers; a value, never hidden in the module.
 
-    ``hidden`` and ``cell`` are ``[layers, units, copies * coordinates]``, the moments ``[copies, coordinates]``; ``step``
-    counts updates, a scalar int64 tensor on the CPU.
+    Attributes:
+        hidden: ``[layers, units, copies * coordinates]``.
+        cell: likewise.
+        moments: running means of the streams and their squares, ``[copies, coordinates]`` each.
+        step: count of updates, a scalar int64 tensor on the CPU.
     """
 
     hidden: Tensor
@@ -42,7 +45,7 @@ class LSTMState(NamedTuple):
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "LSTMState":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, whose result ``found`` is."""
         moments = Moments(**{name: found[f"moment_{name}"] for name in Moments._fields})
         return cls(found["hidden"], found["cell"], moments, torch.as_tensor(found["step"], dtype=torch.int64))
 
@@ -171,7 +174,16 @@ class LSTMOptimizer(UpdateRule):
         *,
         total_steps: int,
     ) -> tuple[Tensor, LSTMState]:
-        """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``."""
+        """One update for all coordinates of all tensors and copies at once, all ``[copies, coordinates]``.
+
+        Args:
+            g: the gradient.
+            h: the second stream, or None for a rule with one.
+            state: an `LSTMState`; it is not changed.
+            parameters: before the update.
+            layout: which coordinate belongs to which tensor.
+            total_steps: the number of steps planned, T.
+        """
         step = int(state.step) + 1
         g, h = checked_streams(self, g, h)
         moments = features.update_moments(state.moments, g, h)
@@ -199,7 +211,7 @@ class LSTMOptimizer(UpdateRule):
         return update, new_state
 
     def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether `step_in_place` can take these: on a CPU, contiguous, for a rule with all features and an Adam base."""
+        """Whether `step_in_place` takes these ``parameters``: contiguous, on a CPU; a rule of all features and an Adam base."""
         made_for = self.preprocessing == "full" and self.base == "adam"
         return made_for and all(p.device.type == "cpu" and p.is_contiguous() for p in parameters)
 
@@ -214,7 +226,12 @@ class LSTMOptimizer(UpdateRule):
         total_steps: int,
         lr: float,
     ) -> LSTMState:
-        """`step` times ``lr``, written into ``parameters`` and into the tensors of ``state``: equal to it up to rounding."""
+        """`step` times ``lr``, written into ``parameters`` and into the tensors of ``state``: equal to it up to rounding.
+
+        Args:
+            parameters, g, h, state, layout, total_steps: as in `step`, the first three as one tensor per parameter.
+            lr: factor on the update.
+        """
         return lstm_step_in_place(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
 
     def _cells(self, inputs: list[Tensor], bias: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:

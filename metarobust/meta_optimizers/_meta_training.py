@@ -27,7 +27,13 @@ SampleTask = Callable[[torch.Generator], Task]
 
 @dataclass(frozen=True, kw_only=True)
 class MetaTrainingSettings:
-    """What determines a meta-training run, besides the tasks; stored in its record and its checkpoint."""
+    """What determines a meta-training run, besides the tasks; stored in its record and its checkpoint.
+
+    Args:
+        iterations, total_steps, unroll, slots, learning_rate, gradient_clip, loss_cap, late_weight, meta_loss_every, seed: as in
+            `meta_train`.
+        estimator, noise, shortest_steps, curriculum, tasks_per_step, recompute_every: likewise.
+    """
 
     iterations: int
     total_steps: int
@@ -48,7 +54,7 @@ class MetaTrainingSettings:
 
     @classmethod
     def serban2020(cls, *, iterations: int) -> Self:
-        """The schedule of the paper's code: T = 480, K = 20, every step's loss with equal weight, first order, Adam at 0.01.
+        """The paper's code, ``iterations`` updates: T = 480, K = 20, all steps' losses alike, first order, Adam at 0.01.
 
         Pass it on as ``meta_train(LSTMOptimizer.serban2020(), sample_task, **asdict(settings))``, with tasks whose
         ``training_attack`` and ``meta_attack`` are the same. Not reproduced: examples crafted on the weights at the start of
@@ -85,7 +91,7 @@ class MetaTrainingSettings:
             require(self.shortest_steps <= self.total_steps, "shortest_steps", "at most total_steps", self.shortest_steps)
 
     def horizon(self, progress: float, draw: torch.Generator) -> int:
-        """T of a task that begins at this share of the iterations; nothing is drawn where all tasks have one T."""
+        """T of a task that begins at ``progress`` in [0, 1] of the iterations, from ``draw`` unless all tasks have one T."""
         shortest, longest = self.shortest_steps or self.total_steps, self.total_steps
         if shortest == longest:
             return longest
@@ -95,7 +101,13 @@ class MetaTrainingSettings:
 
 
 class MetaTraining(NamedTuple):
-    """The outcome of ``meta_train``: the trained module (the same object), its meta-losses, and the settings that gave it."""
+    """The outcome of `meta_train`.
+
+    Attributes:
+        meta_optimizer: the trained module, the same object.
+        losses: the meta-loss of each iteration.
+        settings: that gave it.
+    """
 
     meta_optimizer: MetaOptimizer
     losses: list[float]

@@ -33,7 +33,11 @@ LEAST_SPREAD = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class MetaSearchSettings:
-    """What determines a search, besides the tasks and the directions; stored in its record and its checkpoint."""
+    """What determines a search, besides the tasks and the directions; stored in its record and its checkpoint.
+
+    Args:
+        generations, population, elite, total_steps, clean_weight, final_draws, seed: as in `meta_search`.
+    """
 
     generations: int
     population: int
@@ -56,7 +60,14 @@ class MetaSearchSettings:
 
 
 class Generation(NamedTuple):
-    """What one generation found: the best score, that of the mean of the search, the middle one; and the mean after it."""
+    """What one generation of `meta_search` found.
+
+    Attributes:
+        best: score of the best setting.
+        mean: score of the present mean of the search.
+        median: the middle score of the generation.
+        knobs: the mean after it, by name.
+    """
 
     best: float
     mean: float

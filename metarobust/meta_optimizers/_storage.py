@@ -16,6 +16,10 @@ def save(meta_optimizer: MetaOptimizer, path: str | os.PathLike[str]) -> Path:
     """Write a meta-optimizer to a safetensors file: its tensors, and a header with kind, settings, record and versions.
 
     The file is written beside its place and renamed, so a crash leaves the old one. See :func:`load`.
+
+    Args:
+        meta_optimizer: an `LSTMOptimizer` or an `InterpretableOptimizer`.
+        path: of the file, in an existing folder.
     """
     header = {
         "format": FORMAT,

@@ -85,7 +85,7 @@ class ClassificationTask:
         self._names = [name for name, _ in self._template.named_parameters()]
 
     def model(self, parameters: tuple[Tensor, ...]) -> Model:
-        """The stacked model at these parameters, a callable on ``[optimizees * batch, ...]``."""
+        """The stacked model at ``parameters``, ``[optimizees, ...]`` each: a callable on ``[optimizees * batch, ...]``."""
         named = dict(zip(self._names, parameters, strict=True))
         return lambda x: functional_call(self._template, named, (x,))
 
@@ -129,12 +129,12 @@ class ClassificationTask:
         return self._losses(self.model(parameters), x, y)
 
     def meta_accuracy(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
-        """Accuracy ``[optimizees]`` on all judging examples, moved by ``meta_attack`` at the current parameters."""
+        """Accuracy ``[optimizees]`` at ``parameters`` on all judging examples, under ``meta_attack`` (noise: ``generator``)."""
         x, y = self._judging_batch(parameters, self.held_out.shape[1], generator)
         return self._accuracy(parameters, x, y)
 
     def clean_accuracy(self, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Accuracy ``[optimizees]`` on all judging examples as they are."""
+        """Accuracy ``[optimizees]`` at ``parameters`` on all judging examples as they are."""
         return self._accuracy(parameters, *self._rows(self.held_out))
 
     @torch.no_grad()

@@ -155,6 +155,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         A rule that reads the sum g + c h alone, as an :class:`InterpretableOptimizer` does, is given it at once, in ``.grad``,
         with the c of the step to come: one weight gradient per layer where the two streams take two (``recorder.gradients`` is
         refused then). Tensors that belong to no group get both streams.
+
+        Args:
+            model, threat_model, generator: see :func:`metarobust.meta_optimizers.record_factors`; ``threat_model`` by default
+                this optimizer's own.
         """
         coefficients: dict[Tensor, float] = {}
         for group in self.param_groups if self.meta_optimizer.adds_streams else ():

@@ -69,13 +69,23 @@ class UpdateRule(nn.Module):
         coefficients: Mapping[Tensor, float] | None = None,
         generator: torch.Generator | None = None,
     ) -> AbstractContextManager[FactorRecorder]:
-        """:func:`record_factors` with this rule's gradient source."""
+        """:func:`record_factors` with this rule's gradient source.
+
+        Args:
+            model, threat_model, coefficients, generator: see :func:`record_factors`.
+        """
         return record_factors(
             model, threat_model=threat_model, source=self.gradient_source, coefficients=coefficients, generator=generator
         )
 
     def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:
-        """c of each tensor in a step (from 1), for a rule that reads its streams as g + c h alone; None for others."""
+        """c of each tensor in a step (from 1), for a rule that reads its streams as g + c h alone; None for others.
+
+        Args:
+            layout: of the tensors.
+            step: from 1.
+            total_steps: the number of steps planned, T.
+        """
         return None
 
     def as_gradient_transformation(self, *, total_steps: int, stacked: bool = False) -> GradientTransformation:
@@ -96,7 +106,11 @@ class UpdateRule(nn.Module):
     def torch_optimizer(
         self, params: Iterable[Any], *, total_steps: int, lr: float = 1.0, threat_model: ThreatModel | None = None
     ) -> "LearnedOptimizer":
-        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`."""
+        """A ``torch.optim.Optimizer`` that follows this rule, frozen; see :class:`LearnedOptimizer`.
+
+        Args:
+            params, total_steps, lr, threat_model: see :class:`LearnedOptimizer`.
+        """
         from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 
         return LearnedOptimizer(params, cast("Any", self), total_steps=total_steps, lr=lr, threat_model=threat_model)

@@ -27,6 +27,7 @@ from metarobust.threat_models import ThreatModel
 from metarobust.types import Batch, Model, RobustLoss
 
 ROUTINGS = ("hard", "soft", "random")
+"""How examples are sent to branches; see `CAAT`."""
 
 
 class CAAT(nn.Module):
@@ -47,9 +48,8 @@ class CAAT(nn.Module):
     whole, is attacked towards that side alone, and costs what an adversarial example costs; it takes many meta-steps until any
     example changes sides. ``"random"`` is a control: as many as the network would send to each branch, chosen at random.
 
-    With adversaries only and no meta-step the losses are those of the robust loss, for `TRADES` to the last bit.
-
-    What differs from the published code, and why, stands in docs/papers/caat.md.
+    With adversaries only and no meta-step the losses are those of the robust loss, for `TRADES` to the last bit. What differs
+    from the published code, and why, stands in docs/papers/caat.md.
 
     Args:
         threat_model: ball and box, in input units.
@@ -186,7 +186,7 @@ class CAAT(nn.Module):
     # What training.fit calls -------------------------------------------------------------------------------------------
 
     def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
-        """Set the network's temperature for epoch 0, 1, ...; move the class bounds of a `ReMargin` by errors on the meta-data."""
+        """Begin ``epoch`` (from 0) of ``epochs``: temperature, and a `ReMargin` by ``model``'s errors (noise: ``generator``)."""
         if self.temperature is not None:
             first, last = self.temperature
             self.network.temperature = first * (last / first) ** (epoch / max(1, epochs - 1))
@@ -232,7 +232,7 @@ class CAAT(nn.Module):
 
     @torch.no_grad()
     def weigh(self, model: nn.Module, x: Tensor, y: Tensor) -> Weighting:
-        """The network's weights of examples, from the model in evaluation mode; nothing changes."""
+        """The network's weights of examples ``x`` with labels ``y``, from ``model`` in evaluation mode; nothing changes."""
         expected = "asked of a network that reads the six characteristics"
         require(not self.reads_loss, "weigh", expected, "one that reads the loss")
         with evaluation_mode(model):

@@ -58,7 +58,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, losses: Tensor, y: Tensor) -> None:
-        """Take in the losses ``[batch]`` of examples with the labels ``y [batch]``, of all processes together."""
+        """Take in ``losses [batch]`` of examples with the labels ``y [batch]``, of all processes together."""
         counts = torch.zeros_like(self.weight_sum).index_add_(0, y, torch.ones_like(losses, dtype=self.weight_sum.dtype))
         totals = torch.zeros_like(self.loss_sum).index_add_(0, y, losses.to(self.loss_sum.dtype))
         counts, totals = summed([counts, totals])

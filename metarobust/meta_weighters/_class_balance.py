@@ -18,7 +18,14 @@ from metarobust.types import Attack, Model
 
 
 class HeldOutErrors(NamedTuple):
-    """Errors per class ``[classes]`` on held-out data, as fractions; their averages are over the examples."""
+    """Errors on held-out data, as fractions.
+
+    Attributes:
+        natural: share of each class that is misclassified as it is, ``[classes]``.
+        boundary: share of each class that is right until it is attacked, ``[classes]``.
+        natural_average: of all examples.
+        boundary_average: of all examples.
+    """
 
     natural: Tensor
     boundary: Tensor
@@ -33,6 +40,15 @@ def held_out_errors(
     """Natural and boundary error of each class in evaluation mode; a class without examples has the averages.
 
     The boundary error counts examples that are classified rightly until they are attacked.
+
+    Args:
+        model: put into evaluation mode for the time of the call.
+        x: ``[n, ...]`` in input units.
+        y: int64 ``[n]``.
+        classes: number of classes.
+        attack: any attack.
+        generator: of the attack's noise, on the CPU.
+        batch_size: examples per pass.
     """
     wrong, broken = [], []
     with evaluation_mode(model):
@@ -115,7 +131,7 @@ class ReMargin(nn.Module):
             self.register_buffer(name, torch.zeros(classes, dtype=torch.float64))
 
     def start_epoch(self, errors: HeldOutErrors, *, epoch: int) -> None:
-        """Move the multipliers by the errors that the epoch (0, 1, ...) starts with."""
+        """Move the multipliers by the ``errors`` that ``epoch`` (0, 1, ...) starts with."""
         rate = self.weight_rate * 0.5 ** (epoch // self.halving)
         natural = errors.natural.to(self.natural_multiplier) - errors.natural_average - self.tolerance
         boundary = errors.boundary.to(self.natural_multiplier) - errors.boundary_average - self.tolerance
@@ -219,7 +235,10 @@ class FRL(nn.Module):
         return {"largest_boundary_weight": float(weights.max()), "largest_factor": float(balance.factors.max())}
 
     def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
-        """Measure the held-out errors and move the multipliers; the model is left as it was."""
+        """Measure ``model``'s held-out errors (attack noise: ``generator``) and move the multipliers; the model stays as it was.
+
+        ``epoch`` counts from 0; ``epochs``, their number, is not read.
+        """
         del epochs
         device = next(model.parameters()).device
         self.to(device)

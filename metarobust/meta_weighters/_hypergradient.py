@@ -15,6 +15,7 @@ from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
 
 HYPERGRADIENTS = ("jvp", "double_backward", "finite_difference")
+"""Ways to compute a hypergradient."""
 
 BranchLosses = Callable[[Parameters], Tensor]
 MetaLoss = Callable[[Parameters], Tensor]

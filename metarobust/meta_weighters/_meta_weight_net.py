@@ -25,7 +25,8 @@ class MetaWeightNet(CAAT):
     Args:
         threat_model, meta_data, optimizer, class_counts, robust_loss: see `CAAT`.
         learning_rate: of AdamW on the network.
-        settings: further settings of `CAAT`, as ``meta_every``.
+        meta_every: calls from one meta-step to the next; None for no meta-step.
+        settings: further settings of `CAAT`, as ``meta_batch_size``.
 
     Example:
         >>> from metarobust.threat_models import ThreatModel

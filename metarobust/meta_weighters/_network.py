@@ -137,7 +137,7 @@ class WeightingNetwork(nn.Module):
 
     @torch.no_grad()
     def observe(self, characteristics: Tensor) -> None:
-        """Take characteristics ``[batch, inputs]``, of all processes together, into the averages that standardise."""
+        """Take ``characteristics [batch, inputs]``, of all processes together, into the averages that standardise."""
         values = self._checked(characteristics).to(self.mean.dtype)
         (mean, size), (square, _) = joint_mean(values), joint_mean(values.square())
         if size == 0:
@@ -147,7 +147,7 @@ class WeightingNetwork(nn.Module):
         self.square.lerp_(square, size / self.seen)
 
     def standardised(self, characteristics: Tensor) -> Tensor:
-        """Characteristics ``[batch, inputs]`` less their averages, in standard deviations; 0 where there is no variation."""
+        """``characteristics [batch, inputs]`` less their averages, in standard deviations; 0 where there is no variation."""
         values = self._checked(characteristics)
         deviation = (self.square - self.mean.square()).clamp(min=0).sqrt()
         varies = deviation > 1e-6 * self.square.sqrt()

@@ -13,7 +13,9 @@ from metarobust.meta_weighters._joint import joint_mean
 class Bound(Protocol):
     """Factors of epsilon per example, from what is known of a batch."""
 
-    def __call__(self, characteristics: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, characteristics: Tensor, y: Tensor) -> Tensor:
+        """Factors ``[batch]`` for ``characteristics [batch, 6]`` and labels ``y [batch]``."""
+        ...
 
 
 class GradientBound(nn.Module):
@@ -50,7 +52,7 @@ class GradientBound(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
 
     def observe(self, characteristics: Tensor) -> None:
-        """Take the characteristics ``[batch, 6]`` of a batch, of all processes together, into the average."""
+        """Take ``characteristics [batch, 6]``, of all processes together, into the average."""
         mean, size = joint_mean(characteristics[:, 2].to(self.average.dtype))
         if size == 0:
             return

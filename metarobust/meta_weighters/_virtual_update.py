@@ -11,7 +11,12 @@ from metarobust._checks import message, require
 
 
 class VirtualUpdate(NamedTuple):
-    """A TorchOpt transformation and the state to begin with; both for a tuple of parameters."""
+    """The next step of an optimizer, for a tuple of parameters.
+
+    Attributes:
+        transformation: of TorchOpt.
+        state: to begin with.
+    """
 
     transformation: GradientTransformation
     state: Any

@@ -63,11 +63,11 @@ class AdversarialTraining:
         return False
 
     def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The attacked points, shaped like ``x``, detached."""
+        """The points that the attack on ``model`` finds from ``x`` with labels ``y`` and noise from ``generator``, detached."""
         return attacked(self.attack, model, x, y, generator)
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at the moved points."""
+        """The loss ``[batch]`` of the logits ``moved [batch, classes]`` for the labels ``y``; ``clean`` is not read."""
         losses = loss_function(self.loss)(moved, y)
         require(
             losses.shape == y.shape, "loss", f"a function that returns [{len(y)}]", f"shape {list(losses.shape)}", "drop the mean"
@@ -75,5 +75,5 @@ class AdversarialTraining:
         return losses
 
     def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """What an attack on this objective climbs in the moved logits, per example ``[batch]``."""
+        """What an attack climbs in the logits ``moved``, ``[batch]``, given the logits ``clean`` at x and the labels ``y``."""
         return self.charge(clean, moved, y)

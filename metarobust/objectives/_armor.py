@@ -60,8 +60,8 @@ class ARMOR:
 
     With t the natural weight, c the transport cost and D the divergence of the weights w from uniform ones,
 
-    .. math:: t\, \overline{CE(f(x), y)} + (1 - t) \sup_{w, x'} \Bigl\{ \sum_i w_i \ell_i(x_i') - \kappa B \;:\;
-        B = D(w) + \sum_i w_i c(x_i, x_i') \le \epsilon \Bigr\}
+    .. math:: t\, \overline{CE(f(x), y)} + (1 - t) \sup_{w, x'} \left\{ \sum_i w_i \ell_i(x_i') - \kappa B \;:\;
+        B = D(w) + \sum_i w_i c(x_i, x_i') \le \epsilon \right\}
 
     (Birrell and Ebrahimi, 2025, arXiv 2309.03791). The supremum over w is exact, by the dual of `dro.worst_case_expectation` for
     each batch; the one over x' is as good as the attack. The gradient is the exact one at the points found: by the envelope

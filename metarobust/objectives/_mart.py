@@ -66,15 +66,15 @@ class MART:
         return True
 
     def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The attacked points, shaped like ``x``, detached."""
+        """The points that the attack on ``model`` finds from ``x`` with labels ``y`` and noise from ``generator``, detached."""
         return attacked(self.attack, model, x, y, generator)
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at x and at the moved points."""
+        """The loss ``[batch]`` of the logits ``[batch, classes]``, ``clean`` at x and ``moved`` at x', for the labels ``y``."""
         # A sum of wrong probabilities keeps its digits where 1 - p_y would round to 0.
         doubt = clean.softmax(1).scatter(1, y[:, None], 0.0).sum(1)
         return boosted_cross_entropy(moved, y) + self.beta * kl_divergence(clean, moved) * doubt
 
     def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """What an attack on this objective climbs in the moved logits, per example ``[batch]``."""
+        """What an attack climbs in the logits ``moved``, ``[batch]``, given the logits ``clean`` at x and the labels ``y``."""
         return cross_entropy(moved, y)

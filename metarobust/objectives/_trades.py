@@ -92,17 +92,17 @@ class TRADES:
         return True
 
     def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The attacked points, shaped like ``x``, detached; x itself at beta 0, where nothing is charged for a move."""
+        """The points that the attack on ``model`` finds, detached; ``x`` at beta 0. Labels ``y``, noise from ``generator``."""
         if self.beta == 0:
             return x.detach()
         return attacked(self._ascend_kl if self.attack is None else self.attack, model, x, y, generator)
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at x and at the moved points."""
+        """The loss ``[batch]`` of the logits ``[batch, classes]``, ``clean`` at x and ``moved`` at x', for the labels ``y``."""
         return cross_entropy(clean, y) + self.beta * kl_divergence(clean, moved)
 
     def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """What an attack on this objective climbs in the moved logits, per example ``[batch]``."""
+        """What an attack climbs in the logits ``moved``, ``[batch]``, given the logits ``clean`` at x and the labels ``y``."""
         return kl_divergence(clean, moved)
 
     @torch.inference_mode(False)

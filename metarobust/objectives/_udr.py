@@ -87,9 +87,9 @@ class UDR:
         return self.charge(logits, logits, y)
 
     def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The moved points, shaped like ``x``, detached."""
+        """The points that the ascent on ``model`` finds from ``x`` with labels ``y`` and noise from ``generator``, detached."""
         return self.attack(model, x, y, generator=generator)
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """The loss per example ``[batch]``, given the logits ``[batch, classes]`` at the moved points."""
+        """The loss ``[batch]`` of the logits ``moved [batch, classes]`` for the labels ``y``; ``clean`` is not read."""
         return cross_entropy(moved, y)

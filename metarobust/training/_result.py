@@ -67,7 +67,7 @@ class TrainingResult:
         return draw_history(self, Path(path))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``last.safetensors``, ``best.safetensors`` (with validation) and ``history.json`` into a folder.
+        """Write ``last.safetensors``, ``best.safetensors`` (with validation) and ``history.json`` into ``folder``.
 
         Both state dicts are plain safetensors files: ``model.load_state_dict(safetensors.torch.load_file(path))``, or
         ``metarobust evaluate --weights best.safetensors``. The folder is made; the one above it must exist.

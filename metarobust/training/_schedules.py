@@ -42,6 +42,9 @@ def piecewise(factors: Mapping[float, float]) -> Schedule:
 def cosine(progress: float) -> float:
     r"""Half a cosine, from 1 down to 0: :math:`(1 + \cos \pi t) / 2` (Loshchilov & Hutter, 2017, arXiv 1608.03983, eq. 5).
 
+    Args:
+        progress: the fraction t of the steps that are done, in [0, 1].
+
     Example:
         >>> round(cosine(0.0), 3), round(cosine(0.5), 3)
         (1.0, 0.5)
