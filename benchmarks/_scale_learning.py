@@ -171,14 +171,14 @@ def series() -> list[Series]:
                 note="meta-gradient in the step size, 64 points",
             )
         )
-    for protocol, sizes in (("quick", (500, 2000, 8000)), ("standard", (32, 128, 512))):
+    for protocol, sizes in (("quick", (500, 2000, 8000)), ("standard", (32, 64, 128))):
         prepare = partial(evaluated, protocol)
         note = "55,000 parameters, every point withstands"
         made.append(
             Series(part=f"evaluate, {protocol}", axis="points", sizes=sizes, prepare=prepare, time=1, memory=1, note=note)
         )
     for told, divergence in (("KL", KL()), ("Alpha 2", Alpha(order=2))):
-        sizes = (128, 1024, 8192, 65536, 524288)
+        sizes = (128, 4096, 65536, 524288)
         prepare, note = partial(dual, divergence), "radius 0.2, with the backward pass"
         made.append(Series(part=f"dual, {told}", axis="batch", sizes=sizes, prepare=prepare, time=1, memory=1, note=note))
     for method in ("jvp", "double_backward"):

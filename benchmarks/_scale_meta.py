@@ -106,7 +106,7 @@ def series() -> list[Series]:
         part = f"factor_gradients, {source.rpartition('_')[2]}"
         for axis, sizes, note in (
             ("parameters", WIDTHS, "32 examples"),
-            ("batch", (32, 128, 512, 2048), "269,322 parameters"),
+            ("batch", (32, 256, 2048), "269,322 parameters"),
         ):
             prepare = partial(streams, source, axis)
             made.append(Series(part=part, axis=axis, sizes=sizes, prepare=prepare, time=1, memory=1, note=note))
@@ -116,7 +116,7 @@ def series() -> list[Series]:
             Series(
                 part=f"meta-gradient, {way}",
                 axis="unroll length",
-                sizes=(5, 10, 20, 40, 80),
+                sizes=(5, 10, 20, 40),
                 prepare=prepare,
                 time=1,
                 memory=memory or None,
@@ -127,6 +127,6 @@ def series() -> list[Series]:
         part = f"meta-training, {tasks} task{'s' * (tasks > 1)}, {count} process{'es' * (count > 1)}"
         prepare, note = partial(meta_trained, tasks), "LSTM, unroll 10, 1,210 parameters a copy"
         made.append(
-            Series(part=part, axis="optimizees", sizes=(4, 16, 64), prepare=prepare, time=1, memory=1, note=note, processes=count)
+            Series(part=part, axis="optimizees", sizes=(1, 4, 16), prepare=prepare, time=1, memory=1, note=note, processes=count)
         )
     return made

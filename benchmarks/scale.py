@@ -71,7 +71,7 @@ def run(names: Sequence[str], path: Path, *, first: int | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of series")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of series, in the order of measurement")
     parser.add_argument("--first", type=int, default=None, help="measure only so many sizes of each series, the smallest")
     parser.add_argument("--out", default="results", help="folder of scale.jsonl")
     parser.add_argument("--summary", action="store_true", help="print the table and draw the figure from the file alone")
@@ -80,7 +80,7 @@ def main() -> None:
     path = Path(arguments.out) / "scale.jsonl"
     if not arguments.summary:
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the libraries of the processes to come
-        chosen = [name for name in SERIES if name.startswith(tuple(arguments.only))]
+        chosen = list(dict.fromkeys(name for begin in arguments.only for name in SERIES if name.startswith(begin)))
         if "METAROBUST_DATA" not in os.environ:
             chosen = [name for name in chosen if not SERIES[name].mnist]
             print("METAROBUST_DATA is not set: the series on MNIST are left out")
