@@ -11,7 +11,7 @@ from metarobust._checks import labels, require
 from metarobust._progress import Advance
 from metarobust.evaluation._inputs import checked_logits, generator_for
 from metarobust.evaluation._resume import Checkpoint
-from metarobust.evaluation._state import BROKEN, UNKNOWN, EvaluationState
+from metarobust.evaluation._state import UNKNOWN, EvaluationState
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack, Model
 
@@ -63,18 +63,20 @@ class EvaluationRun:
         try:
             for position, (name, attack) in enumerate(attacks.items()):
                 targets = state.targets(position, correct, survivors_only=survivors_only)
+                standing = state.standing(correct, torch.arange(len(self.x)))
                 advance(len(self.x) - len(targets), name)
                 for batch, rows in enumerate(targets.split(self.batch_size)):
                     unknown = rows[state.outcomes[position, rows] == UNKNOWN]
                     if len(unknown):
                         begin = time.perf_counter()
                         x_adv, predictions = self._attacked(attack, unknown, generator_for(seed, position, batch))
+                        standing -= state.standing(correct, unknown)
                         state.record(position, unknown, x_adv, predictions, self.y[unknown])
+                        standing += state.standing(correct, unknown)
                         state.seconds[name] += time.perf_counter() - begin
                         if checkpoint is not None:
                             checkpoint.save_sometimes(state)
-                    standing = (correct & (state.outcomes != BROKEN).all(0)).float().mean().item()
-                    advance(len(rows), f"{name}: {standing:.3f} robust")
+                    advance(len(rows), f"{name}: {standing / len(self.x):.3f} robust")
         finally:
             if checkpoint is not None:
                 checkpoint.save(state)

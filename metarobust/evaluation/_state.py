@@ -34,6 +34,10 @@ class EvaluationState:
         survivors = correct & (self.outcomes[:attack] != BROKEN).all(0) if survivors_only else correct
         return survivors.nonzero().squeeze(1)
 
+    def standing(self, correct: Tensor, rows: Tensor) -> int:
+        """How many of these rows are correct and were broken by no attack so far."""
+        return int((correct[rows] & (self.outcomes[:, rows] != BROKEN).all(0)).sum())
+
     def accuracies(self, correct: Tensor, names: list[str], *, survivors_only: bool) -> dict[str, float]:
         """For each attack the fraction correct after it: after all before it too, if it ran on survivors only."""
         found = {}

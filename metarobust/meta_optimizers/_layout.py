@@ -1,7 +1,7 @@
 """How a list of parameter tensors becomes one flat row of coordinates, and what each tensor is for."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,11 @@ class Layout:
         self.sizes = [shape.numel() for shape in inner]
         self.roles = tensor_roles(inner)
         self.coordinates = sum(self.sizes)
-        self.tensor_of_coordinate = torch.repeat_interleave(torch.arange(len(inner)), torch.tensor(self.sizes))
+
+    @cached_property
+    def tensor_of_coordinate(self) -> Tensor:
+        """Eight bytes per parameter, kept: made for steps with a graph only, which alone spread values over coordinates."""
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """``[copies, coordinates]``."""
