@@ -15,13 +15,13 @@ import torch
 from torch import distributed, nn
 
 from metarobust import __version__
-from metarobust._files import write_atomically
+from metarobust._files import read_json, write_atomically
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
 from metarobust.command_line._bound_run import read_points
 from metarobust.command_line._evaluate_run import say
 from metarobust.command_line._meta_train_display import shown
-from metarobust.command_line._train_files import _told
+from metarobust.command_line._train_files import _told, is_record
 from metarobust.command_line._train_network import WIDTHS, chosen_network
 from metarobust.command_line._train_processes import agreed
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools
@@ -289,10 +289,10 @@ def settings_of(flags: "MetaTrain") -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record, if there is one that this command wrote."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+    return found if is_record(found, FORMAT) and "processes" in found else None
 
 
 def write_record(job: Job, *, finished: bool, **more: Any) -> None:
