@@ -8,13 +8,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from metarobust._checks import message
 from metarobust._files import require_room, write_atomically
+from metarobust._tensors import as_bytes
 
 WEIGHTS = "metarobust weights 1"
 """Format of a state dict; other programs read it as any safetensors file."""
@@ -79,7 +79,7 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        found.update(as_bytes(tensor))
     return found.hexdigest()
 
 

@@ -41,6 +41,8 @@ def run_bound(
     device = _device(flags.device)
     points = read_points(flags, classes)
     out = writable_folder(flags.out)
+    if flags.kept.exists():
+        print(f"going on from {flags.kept}", flush=True)
     doing = f"close pairs among {len(points):,} points, then {len(epsilons)} bounds"
     with warnings.catch_warnings(record=True) as warned, _busy(doing):
         warnings.simplefilter("always", UserWarning)
@@ -54,6 +56,7 @@ def run_bound(
                 method=flags.method,
                 closed=flags.closed,
                 most_sets=flags.most_sets,
+                checkpoint=flags.kept,
             )
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device must have room for the points, {device} has not; pass --device cpu") from error
@@ -99,6 +102,7 @@ def run_bound(
     names = [report.name + (", on other points" if report.other_points else "") for report in reports]
     models = [(name, report.epsilon, report.risk) for name, report in zip(names, reports, strict=True)]
     plot_curve(bounds, out / "bounds.png", models=models)
+    flags.kept.unlink(missing_ok=True)
     print(f"wrote bounds.json, bounds.md and bounds.png to {out}")
 
 

@@ -53,7 +53,7 @@ def _run(words: list[str]) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         kept = "interrupted; files that were complete stay, nothing was half-written"
-        _end(verb.interrupted() if isinstance(verb, (Train, Evaluate, MetaTrain)) else kept, 130)
+        _end(verb.interrupted() if isinstance(verb, (Bound, Train, Evaluate, MetaTrain)) else kept, 130)
 
 
 def _parse(words: list[str]) -> object:

@@ -197,7 +197,13 @@ def goes_on(flags: "MetaTrain") -> bool:
     """
     record, mine = read_record(flags.record), settings_of(flags)
     unfinished = record is not None and not record["finished"]
-    strangers = [path for path in (flags.out, flags.record) if path.exists() and not (path == flags.record and unfinished)]
+    if record is not None and record["finished"] and record["settings"] == json.loads(json.dumps(mine)) and flags.out.exists():
+        flags.kept.unlink(missing_ok=True)  # all but this was done when the run was killed
+        raise ValueError(
+            f"this meta-training is finished and its files are there; to repeat it pass another --out than {flags.out}"
+        )
+    ours = [flags.record, *([flags.out] if flags.kept.exists() else [])] if unfinished else []  # the rule is written last but one
+    strangers = [path for path in (flags.out, flags.record) if path.exists() and path not in ours]
     if strangers:
         got = " and ".join(map(str, strangers))
         raise ValueError(f"--out must be a name whose files are not there yet, got {got}; pass another --out, or move it away")

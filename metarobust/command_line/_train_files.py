@@ -65,6 +65,8 @@ class ResultFiles:
         differing = [name for name in mine if name not in theirs or theirs[name] != mine[name]]
         if record is not None and record["finished"]:
             if not differing:
+                for path in kept:  # all but this was done when the run was killed
+                    path.unlink()
                 raise ValueError(
                     f"this training is finished and its files are there; to train again pass another --out, and to judge "
                     f"{self.best}: {record.get('evaluate')}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from metarobust import __version__
 from metarobust._checks import message, require
 from metarobust._tensor_files import read_tensors, write_tensors
-from metarobust.evaluation._inputs import digest
+from metarobust._tensors import digest
 from metarobust.evaluation._state import BROKEN, EvaluationState
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack

@@ -13,7 +13,7 @@ from torch import Tensor
 from metarobust import __version__
 from metarobust._checks import message, require
 from metarobust._tensor_files import read_tensors, write_tensors
-from metarobust.evaluation._inputs import digest
+from metarobust._tensors import digest
 from metarobust.evaluation._resume import without_addresses
 from metarobust.meta_optimizers import LearnedOptimizer
 from metarobust.training._result import EpochRecord
