@@ -136,3 +136,15 @@ def labels(y: Tensor, *, examples: int, classes: int | None = None) -> None:
             f"labels from {low} to {high}",
             "check the label encoding or the model's last layer",
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA and of the allocators of CPUs
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def explain_memory(error: BaseException, name: str, got: Any, remedy: str) -> None:
+    """Raise ``torch.OutOfMemoryError`` in the message form if memory ran out; otherwise return."""
+    if is_out_of_memory(error):
+        raise torch.OutOfMemoryError(message(name, "small enough for the memory that is free", got, remedy)) from error

@@ -15,6 +15,7 @@ import scipy
 import torch
 
 from metarobust import __version__
+from metarobust._checks import is_out_of_memory
 from metarobust._files import write_atomically
 from metarobust.bounds import RiskBound, plot_curve, risk_curve
 from metarobust.command_line._bound_reports import ModelReport, doubts, rows
@@ -58,8 +59,11 @@ def run_bound(
                 most_sets=flags.most_sets,
                 checkpoint=flags.kept,
             )
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"--device must have room for the points, {device} has not; pass --device cpu") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            remedy = "pass a smaller --examples" if device.type == "cpu" else "pass --device cpu"
+            raise ValueError(f"--device must have room for the points, {device} has not; {remedy}") from error
     title = _title(flags, points, classes)
     reports = [report.beside(points) for report in reports]
     _print(title, bounds, reports, order)

@@ -47,7 +47,11 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
             checkpoint=flags.checkpoint,
         )
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; pass a smaller one") from error
+        kept = ""
+        if flags.checkpoint is not None:
+            kept = f" and another --checkpoint; {flags.checkpoint} keeps what was finished with this one"
+        remedy = f"pass a smaller one{kept}"
+        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; {remedy}") from error
     report.print()
     if training:
         say("the model came in training mode; it was evaluated after model.eval()")

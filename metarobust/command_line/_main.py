@@ -51,6 +51,10 @@ def _run(words: list[str]) -> None:
         raise
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        _fail(f"{words[0]} must fit into the memory that is free, it does not ({error}); pass smaller numbers")
     except KeyboardInterrupt:
         kept = "interrupted; files that were complete stay, nothing was half-written"
         _end(verb.interrupted() if isinstance(verb, (Bound, Train, Evaluate, MetaTrain)) else kept, 130)

@@ -114,7 +114,9 @@ def _train(job: Job, begin: int, *, leads: bool) -> None:
     try:
         result = _in_stages(job, begin, leads=leads)
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; pass a smaller one") from error
+        kept = f"; {files.best} goes on with this one where more memory is free" if files.checkpoints(flags.warm_up) else ""
+        remedy = f"pass a smaller one{' and another --out' if kept else ''}{kept}"
+        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; {remedy}") from error
     finally:
         if leads and not files.checkpoints(flags.warm_up):  # not one step was done
             for path in (files.record, *([] if job.network.source is None else [files.network])):

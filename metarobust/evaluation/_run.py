@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import labels, require
+from metarobust._checks import explain_memory, labels, require
 from metarobust._progress import Advance
 from metarobust.evaluation._inputs import checked_logits, generator_for
 from metarobust.evaluation._resume import Checkpoint
@@ -37,8 +37,13 @@ class EvaluationRun:
     def clean(self) -> tuple[Tensor, Tensor, int]:
         """Predicted classes ``[n]``, the first :data:`LOGITS_KEPT` rows of logits, the number of classes; on the CPU."""
         predictions, kept, classes = [], [], 0
-        for rows in torch.arange(len(self.x)).split(min(self.batch_size, PASS_ROWS)):
-            logits = checked_logits(self.model(self.x[rows].to(self.device)), len(rows))
+        at_once = min(self.batch_size, PASS_ROWS)
+        for rows in torch.arange(len(self.x)).split(at_once):
+            try:
+                logits = checked_logits(self.model(self.x[rows].to(self.device)), len(rows))
+            except (RuntimeError, MemoryError) as error:
+                explain_memory(error, "batch_size", at_once, "pass a smaller one")
+                raise
             classes = logits.shape[1]
             labels(self.y[rows], examples=len(rows), classes=classes)
             predictions.append(logits.argmax(1).cpu())
@@ -75,6 +80,12 @@ class EvaluationRun:
                             checkpoint.save_sometimes(state)
                     standing = (correct & (state.outcomes != BROKEN).all(0)).float().mean().item()
                     advance(len(rows), f"{name}: {standing:.3f} robust")
+        except (RuntimeError, MemoryError) as error:
+            remedy = "pass a smaller one"
+            if checkpoint is not None:
+                remedy += f", with another checkpoint; {checkpoint.path} keeps what was finished with this one"
+            explain_memory(error, "batch_size", self.batch_size, remedy)
+            raise
         finally:
             if checkpoint is not None:
                 checkpoint.save(state)

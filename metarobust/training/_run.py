@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from metarobust._checks import message
+from metarobust._checks import explain_memory, message
 from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import FactorRecorder, LearnedOptimizer
 from metarobust.training._distributed import Processes
@@ -119,6 +119,11 @@ class TrainingRun:
         except FloatingPointError as error:  # of an objective that looks at its losses itself
             self.undo(buffers)
             raise FloatingPointError(f"{error} ({self.position()}, {_batch(rows)})") from error
+        except (RuntimeError, MemoryError) as error:
+            self.undo(buffers)
+            told = "pass a smaller one, with another checkpoint; that of this run goes on where more memory is free"
+            explain_memory(error, "batch_size", f"{plan.batch_size} ({self.position()})", told)
+            raise
         self.scaler.unscale_(plan.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
