@@ -1,7 +1,8 @@
 """Argument checks with one message form: what was expected, what came, what to write instead."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -144,7 +145,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
-def explain_memory(error: BaseException, name: str, got: Any, remedy: str) -> None:
-    """Raise ``torch.OutOfMemoryError`` in the message form if memory ran out; otherwise return."""
-    if is_out_of_memory(error):
+@contextmanager
+def explained_memory(name: str, got: Any, remedy: str) -> Iterator[None]:
+    """Where memory runs out inside, raise ``torch.OutOfMemoryError`` in the message form: ``name`` is what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or " must be " in str(error):
+            raise
         raise torch.OutOfMemoryError(message(name, "small enough for the memory that is free", got, remedy)) from error

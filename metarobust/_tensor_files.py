@@ -30,7 +30,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], head
         try:
             save_file(contiguous, temporary, metadata={"metarobust_header": text})
         except SafetensorError as error:  # tells of a full disk in words of its own
-            code = re.search(r"\bcode: (\d+)", str(error))
+            code = re.search(r"\b(?:code:|os error) (\d+)", str(error))
             raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error)) from error
 
     return write_atomically(path, write)

@@ -36,22 +36,15 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
     training = any(m.training for m in model.modules())
     model = model.eval().requires_grad_(False).to(device)
     _probe(model, data.images[:1].to(device))
-    try:
-        report = evaluate(
-            model,
-            data,
-            threat_model=threat_model,
-            protocol=flags.protocol,
-            batch_size=flags.batch_size,
-            seed=flags.seed,
-            checkpoint=flags.checkpoint,
-        )
-    except torch.OutOfMemoryError as error:
-        kept = ""
-        if flags.checkpoint is not None:
-            kept = f" and another --checkpoint; {flags.checkpoint} keeps what was finished with this one"
-        remedy = f"pass a smaller one{kept}"
-        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; {remedy}") from error
+    report = evaluate(
+        model,
+        data,
+        threat_model=threat_model,
+        protocol=flags.protocol,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+        checkpoint=flags.checkpoint,
+    )
     report.print()
     if training:
         say("the model came in training mode; it was evaluated after model.eval()")

@@ -113,10 +113,6 @@ def _train(job: Job, begin: int, *, leads: bool) -> None:
         write_network(job)
     try:
         result = _in_stages(job, begin, leads=leads)
-    except torch.OutOfMemoryError as error:
-        kept = f"; {files.best} goes on with this one where more memory is free" if files.checkpoints(flags.warm_up) else ""
-        remedy = f"pass a smaller one{' and another --out' if kept else ''}{kept}"
-        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; {remedy}") from error
     finally:
         if leads and not files.checkpoints(flags.warm_up):  # not one step was done
             for path in (files.record, *([] if job.network.source is None else [files.network])):
