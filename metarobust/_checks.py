@@ -1,7 +1,8 @@
 """Argument checks with one message form: what was expected, what came, what to write instead."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -136,3 +137,20 @@ def labels(y: Tensor, *, examples: int, classes: int | None = None) -> None:
             f"labels from {low} to {high}",
             "check the label encoding or the model's last layer",
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA and of the allocators of CPUs
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def explained_memory(name: str, got: Any, remedy: str) -> Iterator[None]:
+    """Where memory runs out inside, raise ``torch.OutOfMemoryError`` in the message form: ``name`` is what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or " must be " in str(error):
+            raise
+        raise torch.OutOfMemoryError(message(name, "small enough for the memory that is free", got, remedy)) from error

@@ -1,5 +1,6 @@
 """Per-example arithmetic, tree arithmetic, and randomness that is the same on every device."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -33,6 +34,19 @@ def uniform(shape: torch.Size | tuple[int, ...], *, like: Tensor, generator: tor
 def normal(shape: torch.Size | tuple[int, ...], *, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise, drawn on the CPU in float32 and moved."""
     return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
+
+
+def digest(*tensors: Tensor) -> str:
+    """The first 16 hexadecimal digits of SHA-256 over the numbers of the tensors; the same on every device."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(as_bytes(tensor))
+    return found.hexdigest()[:16]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as they lie in memory, in the order of its elements."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tree_detach(tree: Any) -> Any:

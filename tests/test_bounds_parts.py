@@ -14,7 +14,6 @@ from scipy.optimize import linprog, minimize
 from scipy.spatial.distance import cdist
 
 from metarobust.bounds import RiskBound, _pairs, adversarial_risk_bound
-from metarobust.bounds._bound import _guarantee
 from metarobust.bounds._conflicts import ConflictGraph
 from metarobust.bounds._enclosing import enclosing_balls, feasible, triangle_radius
 from metarobust.bounds._flow import pair_bound
@@ -22,6 +21,7 @@ from metarobust.bounds._packing import Packing
 from metarobust.bounds._pairs import pairs_within
 from metarobust.bounds._plan import repaired
 from metarobust.bounds._points import as_points
+from metarobust.bounds._proof import _guarantee
 from metarobust.threat_models import ThreatModel
 
 METRIC = {"l2": "euclidean", "linf": "chebyshev"}

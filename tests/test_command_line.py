@@ -361,7 +361,7 @@ class Payload:
         ({"weights": "FOLDER/none.pt"}, "--weights must name a file that exists, got .*none.pt"),
         ({"weights": "FOLDER/nets.py"}, "--weights must be a state dictionary that loads without executing code, got .*"),
         ({"weights": "FOLDER/payload.pt"}, "--weights must be a state dictionary that loads without executing code, got .*"),
-        ({"weights": "FOLDER/half.safetensors"}, "--weights must be a whole file of weights, got .*"),
+        ({"weights": "FOLDER/half.safetensors"}, "--weights .* must be a safetensors file, got one that cannot be read, .*"),
         ({"weights": "FOLDER/tensor.pt"}, "--weights must be a state dictionary, got a Tensor in .*"),
         ({"model": "FOLDER/nets.py:wide"}, r"--weights must fit the model, got \S+ of shape \[8, 64\] .* needs \[9, 64\]"),
         ({"model": "FOLDER/nets.py:deeper"}, r"--weights must fit the model, got .* with \S+, \S+ missing; build the model .*"),
@@ -370,7 +370,7 @@ class Payload:
         ({"json": "FOLDER"}, "--json must be a file in an existing folder, got the folder .*; pass another path"),
         ({"plot": "FOLDER/none/p.png"}, "--plot must be a file in an existing folder, got .*"),
         ({"plot": "FOLDER/p.doc"}, "--plot must end in .png, .jpg, .pdf or .svg, got .*p.doc"),
-        ({"checkpoint": "FOLDER/nets.py"}, "checkpoint .* must be a safetensors file, got a damaged file, .*"),
+        ({"checkpoint": "FOLDER/nets.py"}, "checkpoint .* must be a safetensors file, got one that cannot be read, .*"),
     ],
 )  # fmt: skip
 def test_evaluate_fails_with_one_sentence(shell: Shell, flags: dict[str, Any], sentence: str) -> None:

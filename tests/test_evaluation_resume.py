@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.attacks import PGD
 from metarobust.evaluation import RobustnessReport, evaluate
-from metarobust.evaluation._resume import Checkpoint
+from metarobust.evaluation._resume import FORMAT, Checkpoint
 from metarobust.models import mlp
 from metarobust.threat_models import ThreatModel
 
@@ -145,11 +146,10 @@ def test_writing_is_rare_while_batches_are_fast(tmp_path: Path, monkeypatch: pyt
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    """A file that is whole in itself, with another content."""
+    tensors, header = read_tensors(path, expected=FORMAT)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    write_tensors(path, tensors, header)
 
 
 def test_stored_examples_that_do_not_verify_are_attacked_again(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_damaged_file_is_one_sentence_and_is_kept(damage: Callable[[bytes], by
     content = damage(path.read_bytes())
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"^checkpoint .*run.safetensors must be a safetensors file, got .*delete it to start"
+        ValueError, match=r"^checkpoint .*run.safetensors must be a safetensors file, got .*delete the file to start"
     ) as error:
         evaluate(model, data, attacks=attacks([]), checkpoint=path, **ARGUMENTS)
     assert "\n" not in str(error.value)
@@ -309,17 +309,31 @@ def test_a_damaged_file_is_one_sentence_and_is_kept(damage: Callable[[bytes], by
         lambda tensors: tensors.update(rows=tensors["rows"] + 100),
         lambda tensors: tensors.update(adversarial=tensors["adversarial"].double()),
         lambda tensors: tensors.update(predictions=tensors["predictions"][1:]),
-        lambda tensors: tensors["outcomes"][0].masked_fill_(tensors["outcomes"][0] == 0, 1),
         lambda tensors: tensors["outcomes"].clamp_(max=1),
+        lambda tensors: tensors["outcomes"].add_(2),
     ],
 )
 def test_tensors_that_do_not_fit_together_are_refused(change: Callable[[dict[str, Tensor]], Any], tmp_path: Path) -> None:
-    """The last two claim that an attack failed which did not: no model could tell."""
     model, data = setting()
     path = tmp_path / "run.safetensors"
     evaluate(model, data, attacks=attacks([]), checkpoint=path, **ARGUMENTS)
     rewrite(path, change)
-    with pytest.raises(ValueError, match="must be whole, got tensors that do not fit together; delete it to start again"):
+    with pytest.raises(ValueError, match="must be whole, got parts that do not fit together; write another path, or delete"):
+        evaluate(model, data, attacks=attacks([]), checkpoint=path, **ARGUMENTS)
+
+
+def test_a_claim_that_no_model_could_verify_is_under_the_checksum(tmp_path: Path) -> None:
+    """That an attack failed, for an example that it never ran on."""
+    model, data = setting()
+    path = tmp_path / "run.safetensors"
+    evaluate(model, data, attacks=attacks([]), checkpoint=path, **ARGUMENTS)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    assert (tensors["outcomes"][0] == 0).any()
+    tensors["outcomes"][0].masked_fill_(tensors["outcomes"][0] == 0, 1)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match="must be whole, got content that does not fit its checksum; write another path, or"):
         evaluate(model, data, attacks=attacks([]), checkpoint=path, **ARGUMENTS)
 
 
@@ -327,7 +341,7 @@ def test_a_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     model, data = setting()
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
-    with pytest.raises(ValueError, match="must be a 'metarobust evaluation 1' file, got a safetensors file of another kind"):
+    with pytest.raises(ValueError, match="must be a 'metarobust evaluation 1' file, got a safetensors file of another program"):
         evaluate(model, data, attacks=attacks([]), checkpoint=path, **ARGUMENTS)
 
 

@@ -27,6 +27,7 @@ from training_setting import (
     without_seconds,
 )
 
+from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.attacks import PGD
 from metarobust.meta_optimizers import LSTMOptimizer
 from metarobust.objectives import TRADES
@@ -248,12 +249,18 @@ def test_a_damaged_file_is_refused_and_executes_nothing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must be a safetensors file, got one that cannot be read"):
             resumable("sgd", path)
     path.write_bytes(whole.replace(b'"model.0.weight"', b'"model.9.weight"'))
+    with pytest.raises(ValueError, match="checkpoint .* must be whole, got content that does not fit its checksum"):
+        resumable("sgd", path)
+    path.write_bytes(whole)
+    tensors, header = read_tensors(path, expected=checkpoint_module.FORMAT)
+    tensors["model.9.weight"] = tensors.pop("model.0.weight")
+    write_tensors(path, tensors, header)
     with pytest.raises(ValueError, match="checkpoint .* must be whole, got parts that do not fit"):
         resumable("sgd", path)
     network_result = tmp_path / "other.safetensors"
     train(network()).save(tmp_path / "result")
     (tmp_path / "result" / "last.safetensors").rename(network_result)
-    with pytest.raises(ValueError, match="must be a 'metarobust training run 1' file, got a safetensors file of another program"):
+    with pytest.raises(ValueError, match="must be a 'metarobust training run 1' file, got a 'metarobust weights 1' file"):
         resumable("sgd", network_result)
 
 

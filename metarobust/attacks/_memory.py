@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metarobust._checks import is_out_of_memory
 from metarobust.types import Model
 
 CPU_BUDGET = 32 * 2**20
@@ -53,9 +54,8 @@ def halving_on_out_of_memory(work: Callable[[slice], None], length: int, at_once
         end = min(begin + at_once, length)
         try:
             work(slice(begin, end))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            full = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-            if not full or end - begin == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or end - begin == 1:
                 raise
             at_once = (end - begin) // 2
         else:

@@ -1,23 +1,26 @@
 """The bracket on the optimal adversarial risk: what any classifier must suffer on the given points."""
 
+import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from metarobust import __version__
 from metarobust._checks import choice, finite, integer, message, require
-from metarobust.bounds._conflicts import VIOLATION, ConflictGraph, conflicts
+from metarobust._tensors import digest
+from metarobust.bounds._conflicts import ConflictGraph, conflicts
 from metarobust.bounds._pairs import pairs_within
-from metarobust.bounds._plan import repaired
 from metarobust.bounds._points import as_points
+from metarobust.bounds._proof import EXACT, Proof, prove
 from metarobust.bounds._result import RiskBound, per_example
-from metarobust.bounds._sinkhorn import solve_by_sinkhorn
-from metarobust.bounds._solution import Solution, classes, solve
+from metarobust.bounds._resume import read_proofs, write_proofs
 from metarobust.threat_models import ThreatModel
 
-EXACT = 1e-7
 MOST_SETS = 5_000_000
 
 
@@ -99,6 +102,7 @@ def risk_curve(
     weights: Tensor | None = None,
     closed: bool = True,
     most_sets: int = MOST_SETS,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[RiskBound]:
     """`adversarial_risk_bound` at several radii, in the order given; close pairs are looked for once, at the largest.
 
@@ -106,6 +110,13 @@ def risk_curve(
         x, y, order, method, weights, closed, most_sets: as for `adversarial_risk_bound`.
         norm: ``"l2"`` or ``"linf"``.
         epsilons: radii in input units, at least 0.
+        checkpoint: a file that keeps what is found at each radius as soon as it is. If it is there already, the sweep goes on
+            after the last radius in it, and gives what it would have given without a stop; it must be of this same sweep. Close
+            pairs are looked for again. Its folder must exist. Loading it executes no code.
+
+    Raises:
+        ValueError: as for `adversarial_risk_bound`; the checkpoint is damaged or of another sweep.
+        FileNotFoundError: the folder of ``checkpoint`` is missing.
 
     Example:
         >>> x, y = torch.tensor([[0.0], [0.4], [1.0]]), torch.tensor([0, 1, 1])
@@ -116,7 +127,16 @@ def risk_curve(
         raise TypeError(message("epsilons", "a list of radii", repr(epsilons), f"write epsilons=[{epsilons}]"))
     require(len(epsilons) > 0, "epsilons", "at least one radius", "none")
     return _bounds(
-        x, y, norm, [float(e) for e in epsilons], order=order, method=method, weights=weights, closed=closed, most_sets=most_sets
+        x,
+        y,
+        norm,
+        [float(e) for e in epsilons],
+        order=order,
+        method=method,
+        weights=weights,
+        closed=closed,
+        most_sets=most_sets,
+        checkpoint=checkpoint,
     )
 
 
@@ -131,6 +151,7 @@ def _bounds(
     weights: Tensor | None,
     closed: bool,
     most_sets: int,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[RiskBound]:
     remedy = "l1 balls have no such solver here" if norm == "l1" else ""
     require(norm in ("l2", "linf"), "norm", "'l2' or 'linf'", repr(norm), remedy)
@@ -142,6 +163,13 @@ def _bounds(
         finite("epsilon", epsilon, least=0)
     begin = time.perf_counter()
     points = as_points(x, y, weights)
+    settings: dict[str, Any] = {}
+    proofs: list[Proof] = []
+    if checkpoint is not None:
+        weighted = None if weights is None else f"{weights.dtype} {digest(weights)}"
+        settings = {"data": f"{list(x.shape)} {x.dtype} {digest(x, y)}", "weights": weighted, "norm": norm, "epsilons": epsilons}
+        settings |= {"order": order, "method": method, "closed": closed, "most_sets": most_sets, "metarobust": __version__}
+        proofs = read_proofs(Path(checkpoint), settings, len(points.y))
     largest = max(epsilons)
     pairs = pairs_within(points, norm, 2 * largest, [2 * epsilon for epsilon in epsilons])
     seconds = {"pairs": time.perf_counter() - begin}
@@ -149,34 +177,26 @@ def _bounds(
     for epsilon in epsilons:
         graph = conflicts(points, pairs, norm, epsilon, closed=closed)
         some, every = (len(pairs.within(2 * replace(graph, closed=c).radius).first) for c in (False, True))
-        ties = every - some
-        begin = time.perf_counter()
-        solution = (solve if method == "exact" else solve_by_sinkhorn)(graph, order, most_sets)
-        seconds["solution"] = time.perf_counter() - begin
-        found.append(_bound(graph, solution, method, most_sets, ties, seconds, x))
+        if len(found) == len(proofs):
+            proofs.append(prove(graph, method, order, most_sets))
+            if checkpoint is not None:
+                write_proofs(Path(checkpoint), settings, proofs)
+        proof = proofs[len(found)]
+        for text in proof.warnings:
+            warnings.warn(text, stacklevel=3)
+        found.append(_result(graph, proof, method, every - some, seconds | proof.seconds, x))
     return found
 
 
-def _bound(
-    graph: ConflictGraph, solution: Solution, method: str, most_sets: int, ties: int, seconds: dict[str, float], x: Tensor
-) -> RiskBound:
-    """The two witnesses of a solution, and the risks that they prove."""
-    begin = time.perf_counter()
+def _result(graph: ConflictGraph, proof: Proof, method: str, ties: int, seconds: dict[str, float], x: Tensor) -> RiskBound:
     points = graph.points
-    plan = repaired(solution.sets, solution.mass, points.weight)
-    guarantee = _guarantee(graph, solution.potential, most_sets)
-    if solution.earlier is not None and plan.risk < float(points.weight @ (1 - guarantee)) - EXACT:
-        guarantee = max(guarantee, _guarantee(graph, solution.earlier, most_sets), key=points.weight.__matmul__)
-    upper = float(points.weight @ (1 - guarantee))
-    lower = min(plan.risk, upper)
-    sizes = [(some.shape[1], len(some)) for some in solution.sets if some.shape[1] > 2]
     return RiskBound(
-        lower=lower,
-        upper=upper,
-        exact=upper - lower <= EXACT,
-        order=solution.order,
-        potentials=per_example(solution.potential, points.origin),
-        guarantees=per_example(guarantee, points.origin),
+        lower=proof.lower,
+        upper=proof.upper,
+        exact=proof.upper - proof.lower <= EXACT,
+        order=proof.order,
+        potentials=per_example(proof.potential, points.origin),
+        guarantees=per_example(proof.guarantee, points.origin),
         norm=graph.norm,
         epsilon=graph.epsilon,
         closed=graph.closed,
@@ -184,44 +204,11 @@ def _bound(
         examples=len(x),
         points=len(points.y),
         pairs=len(graph.pairs.first),
-        sets={size: sum(count for of, count in sizes if of == size) for size, _ in sorted(sizes)},
+        sets=proof.sets,
         ties=ties,
-        seconds=seconds | {"witnesses": time.perf_counter() - begin},
+        seconds=seconds,
         _graph=graph,
-        _guarantee=guarantee,
-        _plan=plan,
+        _guarantee=proof.guarantee,
+        _plan=proof.plan,
         _shape=tuple(x.shape[1:]),
     )
-
-
-def _guarantee(graph: ConflictGraph, potential: np.ndarray, most_sets: int) -> np.ndarray:
-    """Potentials lowered until no feasible set sums to more than 1, or those of a constant answer where these are better."""
-    points = graph.points
-    overfull = graph.overfull(potential, classes(graph), most_sets)
-    if overfull.complete:
-        first, second = graph.pairs.first, graph.pairs.second
-        largest = np.ones(len(potential))
-        for end in (first, second):  # a linear program that was cut short, or Sinkhorn, may break pairs too
-            np.maximum.at(largest, end, potential[first] + potential[second])
-        for sets, excess in zip(overfull.sets, overfull.excess, strict=True):
-            np.maximum.at(largest, sets, 1 + excess[:, None])
-    else:
-        largest = np.maximum(_sum_over_classes(graph, potential), 1)
-    lowered = potential / largest
-    if (2 * potential % 1).any():  # rounded values: constraints hold up to the tolerance of the search only
-        lowered /= 1 + VIOLATION
-    of_class = np.bincount(points.y, points.weight)
-    if of_class.max() > points.weight @ lowered:
-        lowered = (points.y == of_class.argmax()).astype(np.float64)
-    return lowered
-
-
-def _sum_over_classes(graph: ConflictGraph, potential: np.ndarray) -> np.ndarray:
-    """Each point's potential and the largest among its neighbours of each class: no set round it can sum to more."""
-    y = graph.points.y.astype(np.int64)
-    first, second = graph.pairs.first, graph.pairs.second
-    end, other = np.concatenate([first, second]).astype(np.int64), np.concatenate([second, first])
-    key, place = np.unique(end * (y.max() + 1) + y[other], return_inverse=True)
-    highest = np.zeros(len(key))
-    np.maximum.at(highest, place, potential[other])
-    return potential + np.bincount(key // (y.max() + 1), highest, len(y))

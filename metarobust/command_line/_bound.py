@@ -14,7 +14,7 @@ class Bound:
 
     The bound is for these points (the empirical distribution), not for the population that they come from.
 
-    Writes bounds.json, bounds.md and bounds.png.
+    Writes bounds.json, bounds.md and bounds.png. A command that was interrupted goes on after its last radius when repeated.
 
     Example: metarobust bound --data mnist --norm l2 --epsilons 2,2.5,3 --reports net.json --out mnist-bounds
     """
@@ -66,6 +66,17 @@ class Bound:
         from metarobust.command_line._bound_run import run_bound
 
         run_bound(self, epsilons=epsilons, order=order, classes=classes, reports=reports)
+
+    @property
+    def kept(self) -> Path:
+        """The radii that are finished; removed at the end."""
+        return self.out / "bounds.checkpoint"
+
+    def interrupted(self) -> str:
+        """What to tell whoever pressed Ctrl-C."""
+        if not self.kept.exists():
+            return "interrupted before the first radius was finished; nothing was kept"
+        return f"interrupted; the finished radii are kept in {self.kept}: run the same command again to go on"
 
 
 def parse_epsilons(text: str, norm: str) -> list[float]:

@@ -1,10 +1,11 @@
 """Reports of ``metarobust evaluate`` beside a bound: what may be compared, and what the comparison says."""
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from metarobust._files import read_json
 from metarobust.evaluation._inputs import data_digest
 
 if TYPE_CHECKING:
@@ -50,12 +51,16 @@ def _read(path: Path, name: str, norm: str) -> ModelReport:
     if not path.is_file():
         raise FileNotFoundError(f"--reports must name files that exist, got {path}")
     try:
-        content = json.loads(path.read_text())
-        settings, of = content["settings"], content["settings"]["norm"]
+        content = read_json(path)
+        settings, of = content["settings"], str(content["settings"]["norm"])
         epsilon, lower, upper = (float(settings[key]) for key in ("epsilon", "lower", "upper"))
         risk, examples = 1 - float(content["worst_case_accuracy"]), int(content["examples"])
         report = ModelReport(name, epsilon, risk, examples, settings.get("data"))
-    except (ValueError, KeyError, TypeError) as error:
+        if not (
+            of in ("linf", "l2", "l1") and 0 <= epsilon < math.inf and 0 <= risk <= 1 and examples > 0
+        ):  # NaN is none of these
+            raise ValueError("values that no report has")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         expected = "reports that metarobust evaluate --json wrote"
         raise ValueError(f"--reports must be {expected}, got {path}, which is none") from error
     if of != norm:

@@ -15,6 +15,7 @@ import scipy
 import torch
 
 from metarobust import __version__
+from metarobust._checks import is_out_of_memory
 from metarobust._files import write_atomically
 from metarobust.bounds import RiskBound, plot_curve, risk_curve
 from metarobust.command_line._bound_reports import ModelReport, doubts, rows
@@ -41,6 +42,8 @@ def run_bound(
     device = _device(flags.device)
     points = read_points(flags, classes)
     out = writable_folder(flags.out)
+    if flags.kept.exists():
+        print(f"going on from {flags.kept}", flush=True)
     doing = f"close pairs among {len(points):,} points, then {len(epsilons)} bounds"
     with warnings.catch_warnings(record=True) as warned, _busy(doing):
         warnings.simplefilter("always", UserWarning)
@@ -54,9 +57,13 @@ def run_bound(
                 method=flags.method,
                 closed=flags.closed,
                 most_sets=flags.most_sets,
+                checkpoint=flags.kept,
             )
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"--device must have room for the points, {device} has not; pass --device cpu") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            remedy = "pass a smaller --examples" if device.type == "cpu" else "pass --device cpu"
+            raise ValueError(f"--device must have room for the points, {device} has not; {remedy}") from error
     title = _title(flags, points, classes)
     reports = [report.beside(points) for report in reports]
     _print(title, bounds, reports, order)
@@ -99,6 +106,7 @@ def run_bound(
     names = [report.name + (", on other points" if report.other_points else "") for report in reports]
     models = [(name, report.epsilon, report.risk) for name, report in zip(names, reports, strict=True)]
     plot_curve(bounds, out / "bounds.png", models=models)
+    flags.kept.unlink(missing_ok=True)
     print(f"wrote bounds.json, bounds.md and bounds.png to {out}")
 
 

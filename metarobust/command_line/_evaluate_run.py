@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from metarobust._files import require_room
+from metarobust._tensor_files import WEIGHTS, read_tensors
 from metarobust.data import LabelledImages, load, load_npz
 from metarobust.evaluation import evaluate
 from metarobust.threat_models import ThreatModel
@@ -36,18 +36,15 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
     training = any(m.training for m in model.modules())
     model = model.eval().requires_grad_(False).to(device)
     _probe(model, data.images[:1].to(device))
-    try:
-        report = evaluate(
-            model,
-            data,
-            threat_model=threat_model,
-            protocol=flags.protocol,
-            batch_size=flags.batch_size,
-            seed=flags.seed,
-            checkpoint=flags.checkpoint,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; pass a smaller one") from error
+    report = evaluate(
+        model,
+        data,
+        threat_model=threat_model,
+        protocol=flags.protocol,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+        checkpoint=flags.checkpoint,
+    )
     report.print()
     if training:
         say("the model came in training mode; it was evaluated after model.eval()")
@@ -151,11 +148,15 @@ def _part_that_fits(model: nn.Module, names: set[str]) -> str | None:
 def _read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--weights must name a file that exists, got {path}")
+    if path.suffix == ".safetensors":
+        state, header = read_tensors(path, expected=None, name="--weights", remedy="save it again")
+        if header.get("format") not in (None, WEIGHTS):
+            raise ValueError(f"--weights must be weights of a network, got {path}, a {header['format']!r} file")
+        return state
+    require_room(f"--weights {path}", path.stat().st_size)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise ValueError(f"--weights must be a whole file of weights, got {path} ({error})") from error
     except Exception as error:  # torch.load raises a dozen kinds of errors for files that are no weights
         raise ValueError(

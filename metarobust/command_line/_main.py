@@ -24,6 +24,8 @@ from metarobust.command_line._version import print_version
 VERBS: dict[str, type] = {
     "demo": Demo, "train": Train, "evaluate": Evaluate, "bound": Bound, "meta-train": MetaTrain, "transfer": Transfer,
 }  # fmt: skip
+OUT_OF_MEMORY = "must be small enough for the memory that is free"
+"""Of the sentences that say themselves what to lower."""
 RENAMED = {("train", "--optimizer"): "--update"}
 
 
@@ -55,9 +57,15 @@ def _run(words: list[str]) -> None:
         raise
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        said = str(error)
+        unsaid = f"{words[0]} must fit into the memory that is free, it does not ({said}); pass smaller numbers"
+        _fail(said if OUT_OF_MEMORY in said else unsaid)
     except KeyboardInterrupt:
         kept = "interrupted; files that were complete stay, nothing was half-written"
-        _end(verb.interrupted() if isinstance(verb, (Train, Evaluate, MetaTrain)) else kept, 130)
+        _end(verb.interrupted() if isinstance(verb, (Bound, Train, Evaluate, MetaTrain)) else kept, 130)
 
 
 def _parse(words: list[str]) -> object:

@@ -15,13 +15,13 @@ import torch
 from torch import distributed, nn
 
 from metarobust import __version__
-from metarobust._files import write_atomically
+from metarobust._files import read_json, write_atomically
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
 from metarobust.command_line._bound_run import read_points
 from metarobust.command_line._evaluate_run import say
 from metarobust.command_line._meta_train_display import shown
-from metarobust.command_line._train_files import _told
+from metarobust.command_line._train_files import _told, is_record
 from metarobust.command_line._train_network import WIDTHS, chosen_network
 from metarobust.command_line._train_processes import agreed
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools
@@ -197,7 +197,13 @@ def goes_on(flags: "MetaTrain") -> bool:
     """
     record, mine = read_record(flags.record), settings_of(flags)
     unfinished = record is not None and not record["finished"]
-    strangers = [path for path in (flags.out, flags.record) if path.exists() and not (path == flags.record and unfinished)]
+    if record is not None and record["finished"] and record["settings"] == json.loads(json.dumps(mine)) and flags.out.exists():
+        flags.kept.unlink(missing_ok=True)  # all but this was done when the run was killed
+        raise ValueError(
+            f"this meta-training is finished and its files are there; to repeat it pass another --out than {flags.out}"
+        )
+    ours = [flags.record, *([flags.out] if flags.kept.exists() else [])] if unfinished else []  # the rule is written last but one
+    strangers = [path for path in (flags.out, flags.record) if path.exists() and path not in ours]
     if strangers:
         got = " and ".join(map(str, strangers))
         raise ValueError(f"--out must be a name whose files are not there yet, got {got}; pass another --out, or move it away")
@@ -289,10 +295,10 @@ def settings_of(flags: "MetaTrain") -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record, if there is one that this command wrote."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+    return found if is_record(found, FORMAT) and "processes" in found else None
 
 
 def write_record(job: Job, *, finished: bool, **more: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metarobust import __version__
-from metarobust._files import write_atomically
+from metarobust._files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from metarobust.command_line._train import Train
@@ -65,9 +65,11 @@ class ResultFiles:
         differing = [name for name in mine if name not in theirs or theirs[name] != mine[name]]
         if record is not None and record["finished"]:
             if not differing:
+                for path in kept:  # all but this was done when the run was killed
+                    path.unlink()
                 raise ValueError(
                     f"this training is finished and its files are there; to train again pass another --out, and to judge "
-                    f"{self.best}: {record['evaluate']}"
+                    f"{self.best}: {record.get('evaluate')}"
                 )
             remedy = f"pass another --out, or delete {self.best}, {self.record} and the files beside them"
             self._refuse(f"those of a finished training with {_told(differing, theirs, mine)}", remedy)
@@ -89,10 +91,10 @@ class ResultFiles:
     def read_record(self) -> dict[str, Any] | None:
         """The record, if there is one that this command wrote."""
         try:
-            found = json.loads(self.record.read_text())
+            found = read_json(self.record)
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+        return found if is_record(found, FORMAT) and isinstance(found["settings"].get("warm_up"), int) else None
 
     def write_record(self, flags: "Train", *, finished: bool, **more: Any) -> None:
         """Settings, versions, and whatever else is known."""
@@ -107,6 +109,12 @@ class ResultFiles:
 def settings_of(flags: "Train") -> dict[str, Any]:
     """Every flag that the result depends on."""
     return {name: value for name, value in asdict(flags).items() if name not in PLACES}
+
+
+def is_record(content: Any, expected: str) -> bool:
+    """Whether a JSON file holds the record of a command, with what tells whether it is this one and how far it is."""
+    whole = isinstance(content, dict) and content.get("format") == expected and isinstance(content.get("settings"), dict)
+    return whole and isinstance(content.get("finished"), bool)
 
 
 def _told(names: list[str], theirs: dict[str, Any], mine: dict[str, Any]) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from metarobust._files import write_atomically
+from metarobust._tensor_files import WEIGHTS, write_tensors
 from metarobust.command_line._evaluate_run import say
 from metarobust.command_line._train_axes import MOVED
 from metarobust.command_line._train_checks import META_SET
@@ -93,7 +92,7 @@ def write(job: "Job", result: TrainingResult, learned: dict[str, Any] | None) ->
     files = job.files
     assert result.best is not None
     for path, state in ((files.best, result.best), (files.last, result.last)):
-        write_atomically(path, lambda temporary, state=state: save_file(state, temporary))
+        write_tensors(path, state, {"format": WEIGHTS})
     result.plot(files.figure)
     files.write_record(
         job.flags,

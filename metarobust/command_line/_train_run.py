@@ -113,8 +113,6 @@ def _train(job: Job, begin: int, *, leads: bool) -> None:
         write_network(job)
     try:
         result = _in_stages(job, begin, leads=leads)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"--batch-size must fit into memory, {flags.batch_size} does not; pass a smaller one") from error
     finally:
         if leads and not files.checkpoints(flags.warm_up):  # not one step was done
             for path in (files.record, *([] if job.network.source is None else [files.network])):

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
 
 from metarobust import __version__
 from metarobust._files import write_atomically
 from metarobust._progress import progress_bar
+from metarobust._tensor_files import WEIGHTS, write_tensors
 from metarobust.command_line._bound_run import read_points
 from metarobust.command_line._evaluate_run import _device, say
 from metarobust.command_line._train_network import Network, chosen_network
@@ -214,7 +214,7 @@ def write(flags: "Transfer", network: Network, judged: Judged, known: dict[str, 
     """Weights, the network's source if it is one of this package, and the record at last."""
     record, source = flags.out.with_suffix(".json"), network.source
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in judged[0][0].model.state_dict().items()}
-    write_atomically(flags.out, lambda path: save_file(weights, path))
+    write_tensors(flags.out, weights, {"format": WEIGHTS})
     written = [flags.out]
     if source is not None:
         written.append(flags.out.with_suffix(".py"))

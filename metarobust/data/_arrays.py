@@ -1,7 +1,10 @@
 """Images and labels from NumPy archives."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -9,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarobust._checks import message, require
+from metarobust._files import require_room
 from metarobust.data._labelled_images import LabelledImages
 
 
@@ -80,13 +84,24 @@ def _read(path: Path) -> dict[str, NDArray]:
     if not path.is_file():
         raise FileNotFoundError(message("path", "an .npz file", f"{path}, which does not exist", remedy))
     require(zipfile.is_zipfile(path), "path", "an .npz archive", f"{path}, which is of another kind", remedy)
-    with np.load(path, allow_pickle=False) as archive:
-        if not {"images", "labels"} <= set(archive.files):
-            found = f"{sorted(archive.files)} in {path}"
-            raise KeyError(message("the arrays", "named 'images' and 'labels'", found, remedy))
-        try:
-            return {key: archive[key] for key in ("images", "labels")}
-        except ValueError as error:
-            # NumPy refuses an array of Python objects, which only pickle could read.
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
+    if not {"images", "labels"} <= sizes.keys():
+        found = f"{shorten(str(sorted(sizes)), 200)} in {path}"
+        raise KeyError(message("the arrays", "named 'images' and 'labels'", found, remedy))
+    require_room(f"images and labels in {path}", sizes["images"] + sizes["labels"])
+    with _readable(path), np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key] for key in ("images", "labels")}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """One sentence for whatever a damaged archive makes of zipfile, zlib, tokenize or NumPy."""
+    try:
+        yield
+    except Exception as error:
+        if "allow_pickle" in str(error):  # NumPy refuses an array of Python objects, which only pickle could read
             expected, remedy = "plain numeric arrays", "convert them with numpy.stack or .astype before saving"
             raise ValueError(message("images and labels", expected, f"objects in {path}", remedy)) from error
+        reason = shorten(str(error), 100) or type(error).__name__
+        raise ValueError(message("path", "a whole .npz archive", f"{path}, which cannot be read ({reason})")) from error

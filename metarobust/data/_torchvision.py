@@ -1,11 +1,13 @@
 """Data sets by name, through torchvision; `digits` needs neither torchvision nor a download."""
 
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,8 @@ def load(name: str, *, train: bool, root: str | Path | None = None, download: bo
 
     Raises:
         ValueError: the name is not one of the above.
-        FileNotFoundError: the data is not under `root`, and `download` is False.
+        FileNotFoundError: the data is not under `root`, or damaged, and `download` is False.
+        ConnectionError: the data cannot be fetched; what has arrived stays, and the next call fetches the rest.
 
     Example:
         >>> load("digits", train=False)
@@ -55,16 +58,46 @@ def load(name: str, *, train: bool, root: str | Path | None = None, download: bo
 
     kind = getattr(datasets, _CLASS_NAMES[name])
     if download:
-        return _read(kind, root, train=train, download=True)
+        return _fetched(kind, root, name, train=train)
     try:
         return _read(kind, root, train=train)
-    except RuntimeError as error:  # torchvision's word for files that are absent or damaged
+    except OSError:
+        raise
+    except Exception as error:  # torchvision's words for files that are absent, cut off or damaged
         if not _archives_intact(kind, root):
             got = f"{root}, which has no intact copy of it"
             remedy = "write download=True to fetch it, or set root= or METAROBUST_DATA to a folder that has it"
             raise FileNotFoundError(message("root", f"a torchvision root that holds {name}", got, remedy)) from error
     with _unpacked(kind, root) as folder:
         return _read(kind, folder, train=train)
+
+
+def _fetched(kind: Any, root: Path, name: str, *, train: bool) -> LabelledImages:
+    """Read the data, after torchvision has fetched what is missing; files whose unpacking was cut off are unpacked again."""
+    for path in _cut_off(kind, root):
+        path.unlink()
+    try:
+        return _read(kind, root, train=train, download=True)
+    except Exception as error:
+        reason = shorten(str(error), 200)
+        remedy = "repeat the command to go on: what has arrived whole is kept"
+        raise ConnectionError(message(name, f"fetched into {root}", reason, remedy)) from error
+
+
+def _cut_off(kind: Any, root: Path) -> list[Path]:
+    """Unpacked files that are shorter or longer than they say; torchvision takes any file that is there for a whole one."""
+    found = []
+    for packed in _archives(kind) if hasattr(kind, "resources") else ():  # of CIFAR torchvision checks the sums itself
+        path = (root / packed).with_suffix("")
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            head = file.read(256)
+        count = head[3] if len(head) > 3 else 0  # of axes; their lengths follow
+        axes = [int.from_bytes(head[i : i + 4]) for i in range(4, 4 + 4 * count, 4)]
+        if count == 0 or path.stat().st_size != 4 + 4 * count + math.prod(axes):
+            found.append(path)
+    return found
 
 
 def _read(kind: Any, root: Path, *, train: bool, download: bool = False) -> LabelledImages:

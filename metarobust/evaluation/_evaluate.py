@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobust import __version__, _checks
-from metarobust._checks import choice, images, integer, labels, message, require
+from metarobust._checks import choice, explained_memory, images, integer, labels, message, require
 from metarobust._progress import progress_bar
 from metarobust.attacks import Square
 from metarobust.data import LabelledImages
@@ -129,8 +130,11 @@ def evaluate(
     rows, few_labels = spread_rows(torch.arange(len(x)), y, 32 if attacks is None and protocol == "quick" else 100)
     few, few_labels = x[rows.to(x.device)].to(device), few_labels.to(device)
     around = {"threat_model": threat_model, "generator": generator_for(seed, CHECKS, 0)}
+    remedy = "use a device with more, or write reliability_checks=False"
+    roomy = partial(explained_memory, "the reliability checks' rows", f"{len(few)} at once", remedy)
     if reliability_checks:
-        doubts += model_doubts(model, few, few_labels, attacks=chosen, **around)
+        with roomy():
+            doubts += model_doubts(model, few, few_labels, attacks=chosen, **around)
     check_seconds = time.perf_counter() - begin
 
     curve: Curve = ()
@@ -142,8 +146,9 @@ def evaluate(
             advance(0, CHECKS)
             losses = {}
             if _follows_gradients(model, few):
-                curve = epsilon_curve(model, few, few_labels, **around)
-                losses = step_losses(model, few, few_labels, **around)
+                with roomy():
+                    curve = epsilon_curve(model, few, few_labels, **around)
+                    losses = step_losses(model, few, few_labels, **around)
             doubts += result_doubts(
                 threat_model=threat_model,
                 correct=correct,

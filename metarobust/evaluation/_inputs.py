@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metarobust import _checks
 from metarobust._checks import message, require
+from metarobust._tensors import digest
 from metarobust.data import LabelledImages
 from metarobust.types import Model
 
@@ -35,14 +36,6 @@ def as_tensors(data: Any) -> tuple[Tensor, Tensor]:
         batches.append(parts)
     require(len(batches) > 0, "data", "at least one batch", "none")
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def digest(*tensors: Tensor) -> str:
-    """The first 16 hexadecimal digits of SHA-256 over the numbers of the tensors; the same on every device."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def data_digest(x: Tensor, y: Tensor) -> str:

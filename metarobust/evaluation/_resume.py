@@ -1,6 +1,5 @@
 """The course of an evaluation as a value on disk, so that an interrupted run ends as an uninterrupted one does."""
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -9,19 +8,18 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metarobust import __version__
 from metarobust._checks import message, require
-from metarobust._files import write_atomically
-from metarobust.evaluation._inputs import digest
+from metarobust._tensor_files import read_tensors, write_tensors
+from metarobust._tensors import digest
 from metarobust.evaluation._state import BROKEN, EvaluationState
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack
 
 FORMAT = "metarobust evaluation 1"
+REMEDY = "write another path, or delete the file to start again"
 LONGEST = 100
 """Characters of an attack that a refusal quotes."""
 
@@ -67,20 +65,15 @@ class Checkpoint:
         """
         if not self.path.exists():
             return torch.empty(0, dtype=torch.int64)
-        tensors, header = _read(self.path)
+        tensors, header = read_tensors(self.path, expected=FORMAT, name="checkpoint", remedy=REMEDY)
         self._require_same(header.get("settings"), tensors.get("logits"))
-        require(
-            _fits(tensors, state) and header.get("digest") == digest(tensors["outcomes"]),
-            f"checkpoint {self.path}",
-            "whole",
-            "tensors that do not fit together",
-            "delete it to start again",
-        )
+        fits = _fits(tensors, state) and _are_seconds(header.get("seconds"))
+        require(fits, f"checkpoint {self.path}", "whole", "parts that do not fit together", REMEDY)
         rows = tensors["rows"]
         state.outcomes = tensors["outcomes"]
         state.adversarial[rows] = tensors["adversarial"]
         state.predictions[rows] = tensors["predictions"]
-        state.seconds = dict(header.get("seconds", {}))
+        state.seconds = dict(header["seconds"])
         return rows
 
     def save(self, state: EvaluationState) -> None:
@@ -90,18 +83,11 @@ class Checkpoint:
         tensors = {
             "outcomes": state.outcomes,
             "rows": rows,
-            "adversarial": state.adversarial[rows].contiguous(),
+            "adversarial": state.adversarial[rows],
             "predictions": state.predictions[rows],
-            "logits": self.logits.contiguous(),
+            "logits": self.logits,
         }
-        header = {
-            "format": FORMAT,
-            "settings": self.settings,
-            "seconds": state.seconds,
-            "digest": digest(state.outcomes),  # the one tensor that no model can verify again
-        }
-        metadata = {"metarobust_header": json.dumps(header)}
-        write_atomically(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        write_tensors(self.path, tensors, {"format": FORMAT, "settings": self.settings, "seconds": state.seconds})
         self._written = time.perf_counter()
         self._wait = max(2.0, 10 * (self._written - begin))
 
@@ -117,7 +103,7 @@ class Checkpoint:
         shown = [_difference(name, theirs.get(name), self.settings[name]) for name in told]
         if not differing and (logits is None or not self._same_model(logits)):
             shown = ["other logits on the clean data, from another model or one with random output"]
-        remedy = "write another path, or delete the file to start again"
+        remedy = REMEDY
         if differing == ["data"]:
             remedy += "; a DataLoader that shuffles gives other data each time: write shuffle=False"
         require(not shown, f"checkpoint {self.path}", "of this same evaluation", ", ".join(shown), remedy)
@@ -158,12 +144,17 @@ def _fits(tensors: dict[str, Tensor], state: EvaluationState) -> bool:
     return (
         outcomes.dtype == torch.uint8
         and outcomes.shape == state.outcomes.shape
+        and bool((outcomes <= BROKEN).all())
         and torch.equal(rows, (outcomes == BROKEN).any(0).nonzero().squeeze(1))
         and tensors["adversarial"].shape == (len(rows), *state.adversarial.shape[1:])
         and tensors["adversarial"].dtype == state.adversarial.dtype
         and tensors["predictions"].shape == rows.shape
         and tensors["predictions"].dtype == torch.int64
     )
+
+
+def _are_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, (int, float)) for each in value.values())
 
 
 def check_writable(path: Path) -> None:
@@ -173,18 +164,3 @@ def check_writable(path: Path) -> None:
             message("checkpoint", "a file in an existing folder", path, f"make the folder {path.parent} first")
         )
     require(not path.is_dir(), "checkpoint", "a file", f"the folder {path}", f"write {path / 'evaluation.safetensors'}")
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    remedy = "write another path, or delete it to start again"
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("metarobust_header", "{}"))
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise ValueError(
-                    message(f"checkpoint {path}", f"a {FORMAT!r} file", "a safetensors file of another kind", remedy)
-                )
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        got = f"a damaged file, or one of another kind ({error})"
-        raise ValueError(message(f"checkpoint {path}", "a safetensors file", got, remedy)) from error

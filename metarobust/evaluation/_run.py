@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import labels, require
+from metarobust._checks import explained_memory, labels, require
 from metarobust._progress import Advance
 from metarobust.evaluation._inputs import checked_logits, generator_for
 from metarobust.evaluation._resume import Checkpoint
@@ -37,8 +37,10 @@ class EvaluationRun:
     def clean(self) -> tuple[Tensor, Tensor, int]:
         """Predicted classes ``[n]``, the first :data:`LOGITS_KEPT` rows of logits, the number of classes; on the CPU."""
         predictions, kept, classes = [], [], 0
-        for rows in torch.arange(len(self.x)).split(min(self.batch_size, PASS_ROWS)):
-            logits = checked_logits(self.model(self.x[rows].to(self.device)), len(rows))
+        at_once = min(self.batch_size, PASS_ROWS)
+        for rows in torch.arange(len(self.x)).split(at_once):
+            with explained_memory("batch_size", at_once, "pass a smaller one"):
+                logits = checked_logits(self.model(self.x[rows].to(self.device)), len(rows))
             classes = logits.shape[1]
             labels(self.y[rows], examples=len(rows), classes=classes)
             predictions.append(logits.argmax(1).cpu())
@@ -58,7 +60,9 @@ class EvaluationRun:
         checkpoint: Checkpoint | None,
     ) -> None:
         """Run every attack on every batch that the state does not know yet; an interrupt leaves the checkpoint written."""
+        remedy = "pass a smaller one"
         if checkpoint is not None:
+            remedy += f", with another checkpoint; {checkpoint.path} keeps what was finished with this one"
             checkpoint.save(state)  # a file that cannot be written fails now and not after the first hour
         try:
             for position, (name, attack) in enumerate(attacks.items()):
@@ -69,7 +73,8 @@ class EvaluationRun:
                     unknown = rows[state.outcomes[position, rows] == UNKNOWN]
                     if len(unknown):
                         begin = time.perf_counter()
-                        x_adv, predictions = self._attacked(attack, unknown, generator_for(seed, position, batch))
+                        with explained_memory("batch_size", self.batch_size, remedy):
+                            x_adv, predictions = self._attacked(attack, unknown, generator_for(seed, position, batch))
                         standing -= state.standing(correct, unknown)
                         state.record(position, unknown, x_adv, predictions, self.y[unknown])
                         standing += state.standing(correct, unknown)

@@ -1,13 +1,17 @@
 """Checkpoints of a meta-training run: its whole state as tensors and numbers, so that a resumed run ends bit-identical."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torchopt import pytree
 
+from metarobust._checks import message, require
 from metarobust._processes import processes
 from metarobust._tensor_files import read_tensors, write_tensors
 
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from metarobust.meta_optimizers._meta_training import MetaTrainingRun
 
 FORMAT = "metarobust meta-training run 3"
+REMEDY = "use another path, or delete the file to start again"
+LONGEST = 200
+"""Characters of a setting or of a reason that a refusal quotes."""
 
 
 def save_run(path: Path, run: "MetaTrainingRun") -> None:
@@ -54,14 +61,13 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
     Raises:
         ValueError: the file is damaged, or belongs to a run with other settings.
     """
-    tensors, header = read_tensors(path, expected=FORMAT)
-    mine, theirs = _settings(run), header["settings"]
-    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-    if differing:
-        shown = ", ".join(f"{k}={theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differing)
-        raise ValueError(
-            f"checkpoint {path} must come from a run with the same settings, got {shown}; use the same settings or another path"
-        )
+    tensors, header = read_tensors(path, expected=FORMAT, name="checkpoint", remedy=REMEDY)
+    require_same_settings(path, _settings(run), header.get("settings"))
+    with only_sentences(path):
+        _restore(run, tensors, header)
+
+
+def _restore(run: "MetaTrainingRun", tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     run.generator.set_state(tensors["generator"])
     run.losses[:] = tensors["losses"].tolist()
     run.meta_optimizer.load_state_dict({name: tensors[f"meta_optimizer.{name}"] for name in run.meta_optimizer.state_dict()})
@@ -70,6 +76,7 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if found:
             run.adam.state[p] = cast("Any", found)
+    require(len(header["slots"]) == len(run.slots), "slots", f"{len(run.slots)}", len(header["slots"]))
     for i, saved in enumerate(header["slots"]):
         slot = run.slot_from_seed(saved["task_seed"], saved["horizon"], saved["total_steps"])
         slot.age = saved["age"]
@@ -77,12 +84,31 @@ def load_run(path: Path, run: "MetaTrainingRun") -> None:
         mirror, noise = ((slot.parameters, slot.state), tuple(run.parameters)) if saved["mirrored"] else (None, None)
         leaves, structure = pytree.tree_flatten(cast("Any", (slot.parameters, slot.state, mirror, noise)))
         if f"slot.{i}.{len(leaves)}" in tensors or f"slot.{i}.{len(leaves) - 1}" not in tensors:
-            raise ValueError(f"checkpoint {path} must come from the same tasks, got other tensors; use another path")
+            raise ValueError("tensors of other tasks")
         restored = [tensors[f"slot.{i}.{j}"] for j in range(len(leaves))]
         found = cast("Any", pytree.tree_unflatten(structure, restored))
         slot.parameters, slot.state, slot.mirror, slot.noise = found
         run.slots[i] = slot
     run.threat_models = header["threat_models"]
+
+
+def require_same_settings(path: Path, mine: dict[str, Any], theirs: Any) -> None:
+    """Refuse the checkpoint of a run with other settings, telling which."""
+    theirs = theirs if isinstance(theirs, dict) else {}
+    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    shown = ", ".join(shorten(f"{k}={theirs.get(k)!r} there and {mine.get(k)!r} here", LONGEST) for k in differing)
+    remedy = "use the same settings or another path"
+    require(not differing, f"checkpoint {path}", "of a run with the same settings", shown, remedy)
+
+
+@contextmanager
+def only_sentences(path: Path) -> Iterator[None]:
+    """Whatever fails while a checkpoint is put into place becomes one sentence."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        got = f"parts that do not fit ({shorten(str(error), LONGEST)})"
+        raise ValueError(message(f"checkpoint {path}", "whole", got, REMEDY)) from error
 
 
 def _leaves(tree: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.meta_optimizers._calibration import train_optimizees
 from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import check_source
+from metarobust.meta_optimizers._resume import REMEDY, only_sentences, require_same_settings
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import reading_streams
@@ -245,12 +246,11 @@ def _write(
 
 
 def _resumed(path: Path, identity: dict[str, Any]) -> tuple[Tensor, Tensor, list[Generation], Any]:
-    tensors, header = read_tensors(path, expected=FORMAT)
-    theirs = header["identity"]
-    mine = identity | {"total_steps": list(identity["total_steps"])}
-    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-    shown = ", ".join(f"{k}={theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differing)
-    remedy = "use the same settings or another path"
-    require(not differing, f"checkpoint {path}", "of a search with the same settings", shown, remedy)
-    history = [Generation(best, mean, median, knobs) for best, mean, median, knobs in header["history"]]
-    return tensors["mean"], tensors["spread"], history, header["threat_models"]
+    tensors, header = read_tensors(path, expected=FORMAT, name="checkpoint", remedy=REMEDY)
+    require_same_settings(path, identity | {"total_steps": list(identity["total_steps"])}, header.get("identity"))
+    with only_sentences(path):
+        history = [Generation(best, mean, median, knobs) for best, mean, median, knobs in header["history"]]
+        found = tensors["mean"], tensors["spread"]
+        for tensor in found:
+            require(tensor.shape == (len(identity["knobs"]),), "mean and spread", "one number per knob", list(tensor.shape))
+        return *found, history, header["threat_models"]

@@ -2,8 +2,14 @@
 
 import os
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from metarobust import __version__
+from metarobust._checks import require
 from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer
 
@@ -63,13 +69,22 @@ def load(path: str | os.PathLike[str]) -> MetaOptimizer:
         expected = " or an ".join(KINDS)
         raise ValueError(f"{path} must hold an {expected}, got kind {header.get('kind')!r}; it needs another version")
     try:
+        _require_shapes(kind, header["settings"], tensors)
         meta_optimizer = kind(**header["settings"])
         meta_optimizer.load_state_dict(tensors)
-    except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        meta_optimizer.record = dict(header.get("record", {}))
+    except (TypeError, LookupError, RuntimeError, ValueError, AttributeError) as error:
+        reason = shorten((str(error).splitlines() or [""])[-1].strip().rstrip("."), 200)
         raise ValueError(
             f"{path} must fit metarobust {__version__}, got a file of version {header.get('metarobust')!r} that does not "
             f"({reason}); load it with that version"
         ) from error
-    meta_optimizer.record = dict(header.get("record", {}))
     return meta_optimizer.requires_grad_(False)
+
+
+def _require_shapes(kind: type[MetaOptimizer], settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Before memory is taken for what the settings claim: the file must hold tensors of these shapes."""
+    with torch.device("meta"):
+        claimed = {name: value.shape for name, value in kind(**settings).state_dict().items()}
+    for name in claimed.keys() & tensors.keys():
+        require(tensors[name].shape == claimed[name], name, f"of shape {list(claimed[name])}", list(tensors[name].shape))

@@ -13,13 +13,14 @@ from torch import Tensor
 from metarobust import __version__
 from metarobust._checks import message, require
 from metarobust._tensor_files import read_tensors, write_tensors
-from metarobust.evaluation._inputs import digest
+from metarobust._tensors import digest
 from metarobust.evaluation._resume import without_addresses
 from metarobust.meta_optimizers import LearnedOptimizer
 from metarobust.training._result import EpochRecord
 from metarobust.training._run import Plan, TrainingRun, cpu_state
 
 FORMAT = "metarobust training run 1"
+REMEDY = "write another path, or delete the file to start again"
 NAMELESS = ("data", "validation", "model", "schedule")
 """Settings that are kept as digests, which tell a reader nothing."""
 LONGEST = 100
@@ -129,17 +130,17 @@ class Checkpoint:
         """
         if not self.path.exists():
             return
-        tensors, header = read_tensors(self.path, expected=FORMAT)
-        theirs = header.get("settings") or {}
+        tensors, header = read_tensors(self.path, expected=FORMAT, name="checkpoint", remedy=REMEDY)
+        found = header.get("settings")
+        theirs = found if isinstance(found, dict) else {}
         differing = sorted(k for k in self.settings.keys() | theirs.keys() if theirs.get(k) != self.settings.get(k))
         shown = ", ".join(difference(name, theirs.get(name), self.settings.get(name)) for name in differing)
-        remedy = "write another path, or delete the file to start again"
-        require(not differing, f"checkpoint {self.path}", "of this same training run", shown, remedy)
+        require(not differing, f"checkpoint {self.path}", "of this same training run", shown, REMEDY)
         try:
             self._restore(run, tensors, header)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = shorten(str(error), LONGEST)
-            raise ValueError(message(f"checkpoint {self.path}", "whole", f"parts that do not fit ({reason})", remedy)) from error
+            raise ValueError(message(f"checkpoint {self.path}", "whole", f"parts that do not fit ({reason})", REMEDY)) from error
 
     def _restore(self, run: TrainingRun, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         plan = run.plan
@@ -157,6 +158,11 @@ class Checkpoint:
                 # A copy: what safetensors returns may lie at an address that other sums are taken from than before.
                 state[p][name] = value.clone().to(p.device if key in at_home else value.device)
         history = [EpochRecord(**record) for record in header["history"]]
+        counted = (header["step"], header["best_epoch"] or 0, [record.epoch for record in history])
+        within = 0 <= counted[0] <= plan.steps and 0 <= counted[1] <= len(history) <= plan.epochs
+        require(within and counted[2] == list(range(1, len(history) + 1)), "its progress", "within the run", counted)
+        numbers = all(isinstance(header[name], (int, float)) for name in ("loss_sum", "seconds"))
+        require(numbers and isinstance(header["diagnostics"], dict), "its sums", "numbers", "something else")
         best = None if header["best_epoch"] is None else {name: tensors[f"best.{name}"].clone() for name in names}
         plan.model.load_state_dict({name: tensors[f"model.{name}"] for name in names})
         if run.stateful is not None:

@@ -5,11 +5,11 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metarobust._checks import message
 from metarobust._files import write_atomically
+from metarobust._tensor_files import WEIGHTS, write_tensors
 from metarobust.training._figure import draw_history
 
 
@@ -78,7 +78,7 @@ class TrainingResult:
         folder.mkdir(exist_ok=True)
         for name, state in (("last", self.last), ("best", self.best)):
             if state is not None:
-                write_atomically(folder / f"{name}.safetensors", lambda temporary, state=state: save_file(state, temporary))
+                write_tensors(folder / f"{name}.safetensors", state, {"format": WEIGHTS})
         text = json.dumps({"best_epoch": self.best_epoch, "history": [asdict(record) for record in self.history]}, indent=1)
         write_atomically(folder / "history.json", lambda temporary: temporary.write_text(text + "\n"))
         return folder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from metarobust._checks import message
+from metarobust._checks import explained_memory, is_out_of_memory, message
 from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import FactorRecorder, LearnedOptimizer
 from metarobust.training._distributed import Processes
@@ -108,8 +108,10 @@ class TrainingRun:
         buffers = [buffer.clone() for buffer in plan.model.buffers()]
         self.set_learning_rates(number)
         plan.optimizer.zero_grad()
+        told = "pass a smaller one, with another checkpoint; that of this run goes on where more memory is free"
+        roomy = explained_memory("batch_size", f"{plan.batch_size} ({self.position()})", told)
         try:
-            with self.recording(generator) as recorder:
+            with roomy, self.recording(generator) as recorder:
                 loss = self.charged(x, y, generator, len(rows), recorded=recorder is not None)
                 scaled = self.scaler.scale(loss)
                 if recorder is None:
@@ -119,6 +121,10 @@ class TrainingRun:
         except FloatingPointError as error:  # of an objective that looks at its losses itself
             self.undo(buffers)
             raise FloatingPointError(f"{error} ({self.position()}, {_batch(rows)})") from error
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                self.undo(buffers)
+            raise
         self.scaler.unscale_(plan.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
