@@ -53,7 +53,7 @@ for _ in range(30):
     with optimizer.record_factors(model) as recorder:
         recorder.backward(F.cross_entropy(model(digits.images), digits.labels))
     optimizer.step()
-report = evaluate(model, test.select(torch.arange(100)), threat_model=ball, protocol="quick")
+report = evaluate(model.eval(), test.select(torch.arange(100)), threat_model=ball, protocol="quick")
 assert 0.1 < report.worst_case_accuracy < report.clean_accuracy, report
 bound = adversarial_risk_bound(test.images[:60], test.labels[:60], ThreatModel(epsilon=0.5))
 assert 0 <= bound.lower <= bound.upper <= 1, bound

@@ -52,7 +52,7 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = (
-    Architecture("resnet18", {"layers": (1, 1), "channels": (8, 16)}, set()),
+    Architecture("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, set()),
     Architecture("mobilenetv3_small_050", {"channel_multiplier": 0.25}, {"BatchNormAct2d"}),
     Architecture("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, {"LayerNorm2d", "ConvNeXtBlock"}),
     Architecture(
