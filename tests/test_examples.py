@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from metarobust.attacks import PGD
 from metarobust.data import load
 
 ROOT = Path(__file__).parents[1]
+NEEDS = {"lightning_meta_optimizer": "lightning"}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 README = ROOT / "README.md"
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -41,6 +43,8 @@ def execute(code: str, page: Path, names: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_example_runs_quickly_and_is_short(example: Path, tmp_path: Path) -> None:
+    if (needed := NEEDS.get(example.stem)) and find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed; write `uv run --group interop pytest tests/test_examples.py`")
     done = subprocess.run(
         [sys.executable, "-W", "error", str(example), "--quick"],
         capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False,
@@ -51,6 +55,17 @@ def test_example_runs_quickly_and_is_short(example: Path, tmp_path: Path) -> Non
         assert f"wrote {left.name}" in done.stdout
         assert left.name in (ROOT / ".gitignore").read_text().split()
     assert len(example.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("example", sorted(NEEDS))
+def test_an_example_without_its_library_says_so_in_one_sentence(example: str, tmp_path: Path) -> None:
+    path = str(ROOT / "examples" / f"{example}.py")
+    code = f"import runpy, sys; sys.modules[{NEEDS[example]!r}] = None; runpy.run_path({path!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(rf"this example needs .* write pip install {NEEDS[example]}\n", done.stderr), done.stderr
 
 
 def test_readme_library_example_prints_what_it_says(tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ Find = Callable[[nn.Module, Tensor, Tensor], Tensor]
 class Adapted:
     """What another library finds, checked against the ball, as an attack for objectives, `evaluate`, `WorstCase` and counts.
 
-    torchattacks binds its model when it is built, foolbox wraps it; both are written in one expression:
+    torchattacks binds its model when it is built, foolbox wraps it (and moves it to a GPU unless told where it is); both are
+    written in one expression:
 
     - ``find=lambda model, x, y: torchattacks.PGD(model, eps=8 / 255)(x, y)``
-    - ``find=lambda model, x, y: LinfPGD()(PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=8 / 255)[1]``
+    - ``find=lambda model, x, y: LinfPGD()(PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=8 / 255)[1]``
 
-    The other way round, ``lambda x, y: attack(model, x, y)`` is one of ours for code that binds the model.
+    The other way round nothing is needed: ``functools.partial(attack, model)`` is called with ``x, y`` as an attack of
+    torchattacks is, and ``attack(foolbox_model, x, y)`` runs on Foolbox's wrapped model (docs/how-to/interoperate.md).
 
     Around the call the model keeps mode, buffers and ``.grad``, and ``find`` gets an ``nn.Module`` in evaluation mode whatever
     callable the model is. Points within ``tolerance`` of the ball are projected onto it; others are refused, since another

@@ -146,11 +146,13 @@ class RobustnessReport:
         additional_data: bool = False,
         number_forward_passes: int = 1,
         footnote: str = "",
+        autoattack_accuracy: float | None = None,
     ) -> dict[str, Any]:
         """The report in the fields of RobustBench's model_info files; written to ``path`` too, atomically, when one is given.
 
-        ``clean_acc`` and ``reported`` are percentages with two decimals. ``autoattack_acc`` is null: this library's protocols are
-        not AutoAttack, and the footnote says what ran instead. ``unreliable`` is true where the report has warnings.
+        ``clean_acc`` and ``reported`` are percentages with two decimals. ``autoattack_acc`` is null unless it is given: this
+        library's protocols are not AutoAttack, and the footnote says what ran. RobustBench ranks by that field and cannot read
+        an entry without it. ``unreliable`` is true where the report has warnings.
 
         Args:
             path: a JSON file.
@@ -163,9 +165,11 @@ class RobustnessReport:
             additional_data: whether it was trained on more than the data set.
             number_forward_passes: of one prediction.
             footnote: added to the one about the attacks.
+            autoattack_accuracy: accuracy under AutoAttack, a fraction, where that was run
+                (docs/how-to/interoperate.md).
 
         Raises:
-            ValueError: the report is for l1, or a required field is empty.
+            ValueError: the report is for l1, a required field is empty, or an accuracy is no fraction.
 
         Example:
             >>> from metarobust.evaluation import evaluate
@@ -180,6 +184,7 @@ class RobustnessReport:
         entry = robustbench_entry(
             self, name=name, dataset=dataset, architecture=architecture, link=link, authors=authors, venue=venue,
             additional_data=additional_data, number_forward_passes=number_forward_passes, footnote=footnote,
+            autoattack_accuracy=autoattack_accuracy,
         )  # fmt: skip
         if path is not None:
             text = json.dumps(entry, indent=2) + "\n"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from metarobust._checks import integer, require
+from metarobust._checks import finite, integer, require
 
 if TYPE_CHECKING:
     from metarobust.evaluation._report import RobustnessReport
@@ -20,6 +20,7 @@ def robustbench_entry(
     additional_data: bool,
     number_forward_passes: int,
     footnote: str,
+    autoattack_accuracy: float | None,
 ) -> dict[str, Any]:
     """See :meth:`RobustnessReport.to_robustbench`."""
     norm = report.settings["norm"]
@@ -28,9 +29,13 @@ def robustbench_entry(
     told = {"name": name, "dataset": dataset, "architecture": architecture}
     for field, value in told.items():
         require(bool(value), field, "not empty", repr(value))
+    if autoattack_accuracy is not None:
+        remedy = "write it as a fraction, 0.5371 for 53.71 %"
+        finite("autoattack_accuracy", autoattack_accuracy, least=0.0)
+        require(autoattack_accuracy <= 1, "autoattack_accuracy", "at most 1", autoattack_accuracy, remedy)
     attacks = ", ".join(report.attacks)
     notes = [f"Worst case of {attacks} on {report.examples} examples, by metarobust {report.versions.get('metarobust', '')}."]
-    notes += ["AutoAttack was not run."]
+    notes += ["AutoAttack was not run."] if autoattack_accuracy is None else []
     notes += [footnote] if footnote else []
     return {
         "link": link,
@@ -44,7 +49,7 @@ def robustbench_entry(
         "eps": radius(report.settings["epsilon"]),
         "clean_acc": f"{100 * report.clean_accuracy:.2f}",
         "reported": f"{100 * report.worst_case_accuracy:.2f}",
-        "autoattack_acc": None,
+        "autoattack_acc": None if autoattack_accuracy is None else f"{100 * autoattack_accuracy:.2f}",
         "footnote": " ".join(notes),
         "unreliable": bool(report.warnings),
     }
