@@ -27,7 +27,8 @@ def read_tensors(path: str | os.PathLike[str], *, expected: str) -> tuple[dict[s
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("metarobust_header", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies: in the file tensors lie at odd addresses, where matrix products round otherwise than in memory of their own.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(
             f"{path} must be a safetensors file, got one that cannot be read ({error}); it is damaged or of another kind, "

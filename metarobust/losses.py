@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metarobust._checks import choice, finite, require
+from metarobust._checks import choice, finite, require, takes
 
 __all__ = [
     "LOSSES",
@@ -166,16 +166,28 @@ TARGETED_LOSSES: dict[str, TargetedLoss] = {
 
 
 def loss_function(loss: str | Loss) -> Loss:
-    """The loss behind a name, or the callable itself."""
+    """The loss behind a name, or the callable itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a function that does not take logits and labels.
+    """
     if callable(loss):
+        takes("loss", loss, "logits, y")
         return loss
     choice("loss", loss, LOSSES)
     return LOSSES[loss]
 
 
 def targeted_loss_function(loss: str | TargetedLoss) -> TargetedLoss:
-    """The targeted loss behind a name, or the callable ``(logits, y, target) -> [batch]`` itself."""
+    """The targeted loss behind a name, or the callable ``(logits, y, target) -> [batch]`` itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a function that does not take logits, labels and targets.
+    """
     if callable(loss):
+        takes("loss", loss, "logits, y, target")
         return loss
     choice("loss", loss, TARGETED_LOSSES)
     return TARGETED_LOSSES[loss]
