@@ -96,7 +96,8 @@ def takes(name: str, function: Callable[..., Any], arguments: str) -> None:
     try:
         signature.bind(*arguments.split(", "))
     except TypeError as error:
-        raise TypeError(message(name, f"a function of ({arguments})", f"{function!r}, which takes {signature}")) from error
+        told = f"{getattr(function, '__name__', type(function).__name__)}{signature}"
+        raise TypeError(message(name, f"a function of ({arguments})", told)) from error
 
 
 def losses(value: Any, *, examples: int, name: str = "loss") -> Tensor:
@@ -199,11 +200,27 @@ def floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(message(name, "a floating-point tensor", kind(value), tensor_of(name, value)))
     if not value.is_floating_point():
-        remedy = f"write {name}.abs() or {name}.real" if value.is_complex() else f"for 8-bit images write {name}.float() / 255"
+        remedy = f"for 8-bit images write {name}.float() / 255" if name == "x" else f"write {name}.float()"
+        remedy = f"write {name}.abs() or {name}.real" if value.is_complex() else remedy
         raise TypeError(message(name, "a floating-point tensor", kind(value), remedy))
     if value.layout != torch.strided:
         raise TypeError(message(name, "a dense tensor", f"the layout {value.layout}", f"write {name}.to_dense()"))
     has_values(name, value)
+
+
+def moved(x_adv: Any, x: Any) -> None:
+    """Check that both are floating-point tensors of one shape on one device; neither their values nor a device are waited for."""
+    for name, value in (("x_adv", x_adv), ("x", x)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            floating(name, value)
+    require(x_adv.shape == x.shape, "x_adv", f"of the shape of x, {list(x.shape)}", list(x_adv.shape))
+    require(x_adv.device == x.device, "x_adv", f"on the device of x, {x.device}", x_adv.device, "write x_adv.to(x.device)")
+
+
+def sequence(name: str, value: Any, example: str) -> None:
+    """Check that ``value`` is a list, a tuple or a range, as in the ``example``."""
+    if not isinstance(value, (list, tuple, range)):
+        raise TypeError(message(name, "a list", repr(value), f"write {name}={example}"))
 
 
 def has_values(name: str, value: Tensor) -> None:

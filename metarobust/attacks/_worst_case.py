@@ -49,7 +49,9 @@ class WorstCase:
         require(len(self.attacks) > 0, "attacks", "at least one attack", "none")
         for attack in self.attacks:
             if isinstance(attack, type) or not callable(attack):
-                raise TypeError(message("attacks", "a sequence of attacks", f"an element {attack!r}", "write [FGSM(...), PGD(...)]"))
+                raise TypeError(
+                    message("attacks", "a sequence of attacks", f"an element {attack!r}", "write [FGSM(...), PGD(...)]")
+                )
         kinds = {repr(attack.threat_model) for attack in self.attacks if hasattr(attack, "threat_model")}  # type: ignore[attr-defined]
         require(len(kinds) <= 1, "attacks", "of one threat model", " and ".join(sorted(kinds)))
         object.__setattr__(self, "attacks", tuple(self.attacks))

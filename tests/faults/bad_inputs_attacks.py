@@ -600,7 +600,7 @@ ROWS = [
         lambda: apgd(loss=nn.CrossEntropyLoss(reduction="none"), targets=2)(network(), X, Y),
         TypeError,
         (
-            "loss must be a function of (logits, y, target), got CrossEntropyLoss(), which takes (input: "
+            "loss must be a function of (logits, y, target), got CrossEntropyLoss(input: "
             "torch.Tensor, target: torch.Tensor) -> torch.Tensor"
         ),
     ),
@@ -828,11 +828,10 @@ ROWS = [
     BadInput(
         "attacks.Unrolled",
         "a torch optimizer as rule",
-        lambda: unrolled(update_rule=torch.optim.SGD(network().parameters(), lr=0.1)),
+        lambda: unrolled(update_rule=torch.optim.SGD),
         TypeError,
         (
-            "update_rule must be a TorchOpt GradientTransformation, got SGD ( Parameter Group 0 dampening: 0 "
-            "differentiable: False foreach: None fused: None lr: 0.1 maximize: False ...; write "
+            "update_rule must be a TorchOpt GradientTransformation, got <class 'torch.optim.sgd.SGD'>; write "
             "torchopt.sgd(0.1), or meta_optimizer.as_gradient_transformation(total_steps=..., stacked=True)"
         ),
     ),
