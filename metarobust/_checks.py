@@ -209,11 +209,15 @@ def floating(name: str, value: Any) -> None:
 
 
 def moved(x_adv: Any, x: Any) -> None:
-    """Check that both are floating-point tensors of one shape on one device; neither their values nor a device are waited for."""
+    """Check that both are floating-point tensors of one shape on one device, one example against many included.
+
+    No device is waited for.
+    """
     for name, value in (("x_adv", x_adv), ("x", x)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             floating(name, value)
-    require(x_adv.shape == x.shape, "x_adv", f"of the shape of x, {list(x.shape)}", list(x_adv.shape))
+    alike = x_adv.shape[1:] == x.shape[1:] and (len(x_adv) == len(x) or 1 in (len(x_adv), len(x)))
+    require(alike, "x_adv", f"of the shape of x, {list(x.shape)}", list(x_adv.shape))
     require(x_adv.device == x.device, "x_adv", f"on the device of x, {x.device}", x_adv.device, "write x_adv.to(x.device)")
 
 
@@ -221,6 +225,12 @@ def sequence(name: str, value: Any, example: str) -> None:
     """Check that ``value`` is a list, a tuple or a range, as in the ``example``."""
     if not isinstance(value, (list, tuple, range)):
         raise TypeError(message(name, "a list", repr(value), f"write {name}={example}"))
+
+
+def pair(name: str, value: Any, example: str) -> None:
+    """Check that ``value`` is two of something, as in the ``example``."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(message(name, "a pair", repr(value), f"write {name}={example}"))
 
 
 def has_values(name: str, value: Tensor) -> None:

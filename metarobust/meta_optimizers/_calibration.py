@@ -10,7 +10,7 @@ from torch import Tensor
 from torchopt import apply_updates
 from torchopt.base import GradientTransformation
 
-from metarobust._checks import finite, integer, require
+from metarobust._checks import finite, integer, message, require
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.types import Task
@@ -27,6 +27,10 @@ def train_optimizees(
     task: Task, rule: GradientTransformation, *, total_steps: int, generator: torch.Generator, keep: Sequence[int] = ()
 ) -> dict[int, tuple[Tensor, ...]]:
     """Train a task's optimizees with a fixed rule; parameters after ``total_steps`` and at the steps to ``keep``."""
+    integer("total_steps", total_steps, least=1)
+    if not isinstance(rule, GradientTransformation):
+        remedy = "write torchopt.chain(gradients_only(), torchopt.adam(3e-3))"
+        raise TypeError(message("rule", "a TorchOpt GradientTransformation that takes two streams", repr(rule), remedy))
     parameters = task.initial_parameters(generator=generator)
     state = rule.init(cast("Any", parameters))
     kept = {0: parameters}

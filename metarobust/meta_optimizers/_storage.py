@@ -5,7 +5,7 @@ from pathlib import Path
 
 from metarobust import __version__
 from metarobust._tensor_files import read_tensors, write_tensors
-from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer
+from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer, check_meta_optimizer
 
 FORMAT = "metarobust meta-optimizer 1"
 TRAINED = ("robust-small-v1",)
@@ -17,6 +17,7 @@ def save(meta_optimizer: MetaOptimizer, path: str | os.PathLike[str]) -> Path:
 
     The file is written beside its place and renamed, so a crash leaves the old one. See :func:`load`.
     """
+    check_meta_optimizer(meta_optimizer)
     header = {
         "format": FORMAT,
         "kind": type(meta_optimizer).__name__,

@@ -139,13 +139,6 @@ ROWS = [
     ),
     BadInput(
         "threat_models.ThreatModel",
-        "distance broadcast",
-        lambda: BALL.distance(X[:1], X),
-        ValueError,
-        "x_adv must be of the shape of x, [6, 4], got [1, 4]",
-    ),
-    BadInput(
-        "threat_models.ThreatModel",
         "project of other shapes",
         lambda: ROUND.project(X[:, :3], X),
         ValueError,
