@@ -1,18 +1,24 @@
 """Argument checks with one message form: what was expected, what came, what to write instead."""
 
+import inspect
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MODEL = "a callable from inputs [batch, ...] to logits [batch, classes]"
+LONGEST = 300
+"""Characters of what came, in a sentence; the start of a large object tells it as well as all of it."""
 
 
 def message(name: str, expected: str, got: Any, remedy: str = "") -> str:
-    """One sentence for a bad argument: ``<name> must be <expected>, got <got>; <remedy>``."""
+    """One sentence on one line for a bad argument: ``<name> must be <expected>, got <got>; <remedy>``."""
+    if "\n" in str(got) or len(str(got)) > LONGEST:
+        got = shorten(str(got), 120, placeholder=" ...")
     return f"{name} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
@@ -46,7 +52,8 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Check that ``value`` is one of the ``allowed`` names; the sentence knows other spellings, as ``"L_2"`` or ``"Linf"``."""
     meant = next((a for a in allowed if isinstance(value, str) and _letters(a) == _letters(value)), None)
     remedy = "" if meant is None else f"write {meant!r}"
-    require(value in allowed, name, "one of " + ", ".join(repr(a) for a in allowed), repr(value), remedy)
+    known = isinstance(value, str) and value in allowed
+    require(known, name, "one of " + ", ".join(repr(a) for a in allowed), repr(value), remedy)
 
 
 def _letters(word: str) -> str:
@@ -69,11 +76,79 @@ def tensor_of(name: str, value: Any) -> str:
     return f"write torch.{'from_numpy' if type(value).__module__ == 'numpy' else 'tensor'}({name})"
 
 
-def model(value: Any) -> None:
-    """Check that ``value`` can be called, as a model is."""
+def generator(name: str, value: Any, *, needed: bool = False) -> None:
+    """Check that ``value`` is a CPU generator, whose noise is the same on every device, or None unless one is ``needed``."""
+    if value is None and not needed:
+        return
+    expected = "a torch.Generator on the CPU" + ("" if needed else " or None")
+    remedy = "write torch.Generator().manual_seed(seed)"
+    if not isinstance(value, torch.Generator):
+        raise TypeError(message(name, expected, repr(value), remedy))
+    remedy += ", which serves data on every device"
+    require(value.device.type == "cpu", name, expected, f"one on {value.device}", remedy)
+
+
+def takes(name: str, function: Callable[..., Any], arguments: str) -> None:
+    """Check that a function can be called with the ``arguments``, names with commas between, as far as its signature tells."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        told = f"{getattr(function, '__name__', type(function).__name__)}{signature}"
+        raise TypeError(message(name, f"a function of ({arguments})", told)) from error
+
+
+def losses(value: Any, *, examples: int, name: str = "loss") -> Tensor:
+    """What a loss function returned, if it is one loss per example.
+
+    Raises:
+        ValueError: it is no tensor ``[examples]``.
+    """
+    if isinstance(value, Tensor) and value.shape == (examples,):
+        return value
+    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(
+        message(name, f"a function that returns one loss per example, [{examples}]", got, "drop the mean: reduction='none'")
+    )
+
+
+def model(value: Any, x: Any = None) -> None:
+    """Check that ``value`` can be called, as a model is, and that some of its parameters are where ``x`` is."""
     if not callable(value):
-        remedy = "build the network and load its weights into it" if isinstance(value, str) else "pass an nn.Module or a function"
-        raise TypeError(message("model", MODEL, repr(value), remedy))
+        weights = isinstance(value, (str, dict))
+        remedy = "build the network and load its weights into it" if weights else "pass an nn.Module or a function"
+        raise TypeError(message("model", MODEL, "a dict" if isinstance(value, dict) else repr(value), remedy))
+    if isinstance(value, type):
+        raise TypeError(message("model", MODEL, f"the class {value.__name__}", f"build it: {value.__name__}(...)"))
+    if isinstance(value, nn.Module) and (first := next(value.parameters(), None)) is not None:
+        remedy = "load its weights: model.load_state_dict(weights, assign=True)"
+        require(not first.is_meta, "model", "one with weights", "parameters on the meta device, which have no values", remedy)
+        together = not isinstance(x, Tensor) or any(p.device == x.device for p in value.parameters())
+        if not together:
+            remedy = f"write model.to({str(x.device)!r}), or x.to({str(first.device)!r}) and y.to({str(first.device)!r})"
+            raise ValueError(message("model", f"on the device of x, {x.device}", first.device, remedy))
+
+
+def called(model: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """``model(x)`` for the first time: a failure becomes a sentence that tells what the model was given.
+
+    Raises:
+        ValueError: the model does not take such inputs; its own error is the cause.
+    """
+    try:
+        return model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "not enough memory" in str(error) or "CUDA error" in str(error):
+            raise
+        first = next(model.parameters(), x) if isinstance(model, nn.Module) else x
+        remedy = f"write x.to({first.dtype}), or model.to({x.dtype})" if first.dtype != x.dtype else "check the shape of x"
+        got = f"one that fails on {x.dtype} {list(x.shape)} ({' '.join(str(error).split())})"
+        raise ValueError(message("model", MODEL, got, remedy)) from error
 
 
 def logits(value: Any, *, examples: int) -> Tensor:
@@ -94,11 +169,10 @@ def images(x: Tensor, *, lower: float, upper: float, tolerance: float = 1e-6) ->
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor.
-        ValueError: a value is NaN or infinite, or lies outside the box.
+        ValueError: a value is NaN or infinite, or lies outside the box; a scalar, or a tensor without values.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        remedy = "for 8-bit images write x.float() / 255" if isinstance(x, Tensor) else tensor_of("x", x)
-        raise TypeError(message("x", "a floating-point tensor", kind(x), remedy))
+    floating("x", x)
+    require(x.dim() >= 1, "x", "of shape [batch, ...]", "a scalar", "for one example write x[None]")
     if x.numel() == 0:
         return
     low, high = (v.item() for v in torch.aminmax(x.detach()))
@@ -117,8 +191,59 @@ def images(x: Tensor, *, lower: float, upper: float, tolerance: float = 1e-6) ->
         raise ValueError(message("x", f"in the box [{lower:g}, {upper:g}]", f"values in [{low:.4g}, {high:.4g}]", remedy))
 
 
-def labels(y: Tensor, *, examples: int, classes: int | None = None) -> None:
+def floating(name: str, value: Any) -> None:
+    """Check that ``value`` is a dense floating-point tensor that holds values.
+
+    Raises:
+        TypeError: another dtype or layout, or no tensor.
+        ValueError: a tensor on the meta device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(message(name, "a floating-point tensor", kind(value), tensor_of(name, value)))
+    if not value.is_floating_point():
+        remedy = f"for 8-bit images write {name}.float() / 255" if name == "x" else f"write {name}.float()"
+        remedy = f"write {name}.abs() or {name}.real" if value.is_complex() else remedy
+        raise TypeError(message(name, "a floating-point tensor", kind(value), remedy))
+    if value.layout != torch.strided:
+        raise TypeError(message(name, "a dense tensor", f"the layout {value.layout}", f"write {name}.to_dense()"))
+    has_values(name, value)
+
+
+def moved(x_adv: Any, x: Any) -> None:
+    """Check that both are floating-point tensors of one shape on one device, one example against many included.
+
+    No device is waited for.
+    """
+    for name, value in (("x_adv", x_adv), ("x", x)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            floating(name, value)
+    alike = x_adv.shape[1:] == x.shape[1:] and (len(x_adv) == len(x) or 1 in (len(x_adv), len(x)))
+    require(alike, "x_adv", f"of the shape of x, {list(x.shape)}", list(x_adv.shape))
+    require(x_adv.device == x.device, "x_adv", f"on the device of x, {x.device}", x_adv.device, "write x_adv.to(x.device)")
+
+
+def sequence(name: str, value: Any, example: str) -> None:
+    """Check that ``value`` is a list, a tuple or a range, as in the ``example``."""
+    if not isinstance(value, (list, tuple, range)):
+        raise TypeError(message(name, "a list", repr(value), f"write {name}={example}"))
+
+
+def pair(name: str, value: Any, example: str) -> None:
+    """Check that ``value`` is two of something, as in the ``example``."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(message(name, "a pair", repr(value), f"write {name}={example}"))
+
+
+def has_values(name: str, value: Tensor) -> None:
+    """Check that a tensor is not one of the meta device, which knows shapes only."""
+    remedy = "build or load it on the device of the model"
+    require(not value.is_meta, name, "a tensor with values", "one on the meta device, which has none", remedy)
+
+
+def labels(y: Tensor, *, examples: int, classes: int | None = None, device: torch.device | None = None) -> None:
     """Check that ``y`` holds one int64 label per example, inside ``[0, classes)`` when ``classes`` is given.
+
+    With a ``device``, that of x, it must be there.
 
     Raises:
         TypeError: the labels are not int64.
@@ -128,6 +253,9 @@ def labels(y: Tensor, *, examples: int, classes: int | None = None) -> None:
         remedy = "write y.long()" if isinstance(y, Tensor) else tensor_of("y", y) + ".long()"
         raise TypeError(message("y", "class indices of dtype torch.int64", kind(y), remedy))
     require(y.shape == (examples,), "y", f"of shape [{examples}], one label per example", list(y.shape))
+    if device is not None:
+        require(y.device == device, "y", f"on the device of x, {device}", y.device, f"write y.to({str(device)!r})")
+    has_values("y", y)
     if classes is not None and y.numel():
         low, high = (int(v) for v in torch.aminmax(y))
         require(

@@ -59,7 +59,8 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("metarobust_header", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies: in the file tensors lie at odd addresses, where matrix products round otherwise than in memory of their own.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         got = f"one that cannot be read, damaged or of another kind ({_one_line(error)})"
         raise ValueError(message(told, "a safetensors file", got, remedy)) from error

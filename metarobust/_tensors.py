@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchopt import pytree
 
+from metarobust._checks import generator as check_generator
+
 
 def per_example(values: Tensor, x: Tensor) -> Tensor:
     """Reshape ``values [batch]`` so that it broadcasts against ``x [batch, ...]``."""
@@ -28,11 +30,13 @@ def norms(x: Tensor, norm: str) -> Tensor:
 
 def uniform(shape: torch.Size | tuple[int, ...], *, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform noise in [0, 1), drawn on the CPU in float32 and moved: one seed, one noise, on every device."""
+    check_generator("generator", generator)
     return torch.rand(shape, generator=generator).to(device=like.device, dtype=like.dtype)
 
 
 def normal(shape: torch.Size | tuple[int, ...], *, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise, drawn on the CPU in float32 and moved."""
+    check_generator("generator", generator)
     return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
 
 
@@ -66,6 +70,7 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
 
     The global state is put back at the end.
     """
+    check_generator("generator", generator)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

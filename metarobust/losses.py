@@ -5,13 +5,15 @@ A targeted loss reads a wrong class ``target [batch]`` beside the label and grow
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import wraps
+from typing import ParamSpec, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metarobust._checks import choice, finite, require
+from metarobust import _checks
+from metarobust._checks import choice, finite, floating, message, require, takes
 
 __all__ = [
     "LOSSES",
@@ -36,7 +38,60 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 TargetedLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From ``logits [batch, classes]``, ``y [batch]`` and wrong classes ``target [batch]`` to losses ``[batch]``."""
 
+P = ParamSpec("P")
 
+IGNORED = -(2**62)
+"""No label: torch would charge its default of -100 with a loss of 0, without a word."""
+
+
+def _checked(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The loss behind checks of types and shapes, which wait for no device.
+
+    Labels beyond the classes are told once the arithmetic has failed on them, as it does on a CPU.
+    """
+
+    @wraps(loss)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        logits, *indices = args
+        _check_logits("logits", logits)
+        assert isinstance(logits, Tensor)
+        for name, index in zip(("y", "target"), indices, strict=False):
+            right = isinstance(index, Tensor) and index.dtype == torch.int64
+            if not right or index.shape != logits.shape[:1] or index.device != logits.device:
+                _refuse(name, index, logits)
+        try:
+            return loss(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            for name, index in zip(("y", "target"), indices, strict=False):
+                assert isinstance(index, Tensor)
+                low, high = (int(v) for v in torch.aminmax(index))
+                if low < 0 or high >= logits.shape[1]:
+                    expected = f"in [0, {logits.shape[1]}), the classes of the logits"
+                    remedy = "check the label encoding or the model's last layer"
+                    raise ValueError(message(name, expected, f"labels from {low} to {high}", remedy)) from error
+            raise
+
+    return checked
+
+
+def _check_logits(name: str, logits: object) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        floating(name, logits)
+    assert isinstance(logits, Tensor)
+    require(logits.dim() == 2, name, "of shape [batch, classes]", list(logits.shape))
+
+
+def _refuse(name: str, index: object, logits: Tensor) -> None:
+    """The sentence for labels or targets that do not fit the logits."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        remedy = f"write {name}.long()" if isinstance(index, Tensor) else f"write torch.tensor({name})"
+        raise TypeError(message(name, "class indices of dtype torch.int64", _checks.kind(index), remedy))
+    require(index.shape == logits.shape[:1], name, f"of shape [{len(logits)}], one per row of logits", list(index.shape))
+    remedy = f"write {name}.to(logits.device)"
+    require(index.device == logits.device, name, f"on the device of the logits, {logits.device}", index.device, remedy)
+
+
+@_checked
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Negative log-probability of the label: ``logits [batch, classes], y [batch] -> [batch]``.
 
@@ -44,9 +99,10 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
         tensor([1.3863])
     """
-    return F.cross_entropy(logits, y, reduction="none")
+    return F.cross_entropy(logits, y, reduction="none", ignore_index=IGNORED)
 
 
+@_checked
 def boosted_cross_entropy(logits: Tensor, y: Tensor, *, offset: float = 1e-4) -> Tensor:
     r"""Cross-entropy plus a penalty of the best wrong class, :math:`-\log p_y - \log(1 + offset - \max_{k \ne y} p_k)`.
 
@@ -83,10 +139,16 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, -1.0]]))
         tensor([0.4338])
     """
+    _check_logits("logits", logits)
+    _check_logits("other_logits", other_logits)
+    require(
+        logits.shape == other_logits.shape, "other_logits", f"shaped like logits, {list(logits.shape)}", list(other_logits.shape)
+    )
     log_p, log_q = logits.log_softmax(1), other_logits.log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
+@_checked
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Best wrong logit minus the label's logit: positive exactly when the example is misclassified (Robey et al., 2024).
 
@@ -97,11 +159,13 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
         tensor([-1.])
     """
+    require(logits.shape[-1] >= 2, "logits", "of at least 2 classes for the margin", logits.shape[-1])
     own = logits.gather(1, y[:, None])
     others = logits.scatter(1, y[:, None], float("-inf"))
     return others.amax(1) - own.squeeze(1)
 
 
+@_checked
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     r"""Difference of logits ratio, :math:`-(z_y - \max_{j \ne y} z_j) / (z_{(1)} - z_{(3)})`, at least three classes.
 
@@ -120,6 +184,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (highest[:, 0] - highest[:, 2] + 1e-12)
 
 
+@_checked
 def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """The target's logit minus the label's: the margin of one wrong class (Robey et al., 2024, arXiv 2306.11035).
 
@@ -132,6 +197,7 @@ def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
 
 
+@_checked
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     r"""Targeted DLR, :math:`-(z_y - z_t) / (z_{(1)} - (z_{(3)} + z_{(4)}) / 2)`, at least four classes.
 
@@ -150,6 +216,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return targeted_margin(logits, y, target) / (highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2 + 1e-12)
 
 
+@_checked
 def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Log-probability of the target: ``logits [batch, classes], y [batch], target [batch] -> [batch]``; the label is not read.
 
@@ -172,16 +239,28 @@ TARGETED_LOSSES: dict[str, TargetedLoss] = {
 
 
 def loss_function(loss: str | Loss) -> Loss:
-    """The loss behind a name of `LOSSES`, or the callable ``loss`` itself."""
+    """The loss behind a name of `LOSSES`, or the callable ``loss`` itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a function that does not take logits and labels.
+    """
     if callable(loss):
+        takes("loss", loss, "logits, y")
         return loss
     choice("loss", loss, LOSSES)
     return LOSSES[loss]
 
 
 def targeted_loss_function(loss: str | TargetedLoss) -> TargetedLoss:
-    """The targeted loss behind a name of `TARGETED_LOSSES`, or the callable ``loss`` itself."""
+    """The targeted loss behind a name of `TARGETED_LOSSES`, or the callable ``loss (logits, y, target) -> [batch]`` itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a function that does not take logits, labels and targets.
+    """
     if callable(loss):
+        takes("loss", loss, "logits, y, target")
         return loss
     choice("loss", loss, TARGETED_LOSSES)
     return TARGETED_LOSSES[loss]

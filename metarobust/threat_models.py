@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from metarobust._checks import choice, finite, message, require
+from metarobust._checks import choice, finite, floating, message, moved, require
 from metarobust._tensors import flat, normal, norms, per_example, uniform
 
 __all__ = ["NORMS", "ThreatModel"]
@@ -49,7 +49,7 @@ class ThreatModel:
                 object.__setattr__(self, name, float(value))
         finite("lower", self.lower)
         finite("upper", self.upper)
-        require(self.lower < self.upper, "lower", f"< upper (={self.upper:g})", self.lower)
+        require(self.lower < self.upper, "lower", f"< upper (={self.upper:g})", self.lower, "write lower=0.0, upper=1.0")
         remedy = "for 8-bit images in [0, 1] write 8 / 255"
         if not isinstance(self.epsilon, (int, float)) or isinstance(self.epsilon, bool):
             if isinstance(self.epsilon, Tensor):
@@ -67,10 +67,12 @@ class ThreatModel:
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """``norm`` of ``x_adv - x`` per example, shape ``[batch]``."""
+        moved(x_adv, x)
         return norms(x_adv - x, self.norm)
 
     def contains(self, x_adv: Tensor, x: Tensor, *, tolerance: float = 1e-5) -> Tensor:
         """Whether each ``x_adv`` lies in the ball of its ``x`` and in the box, up to a ``tolerance`` in input units; bool."""
+        moved(x_adv, x)
         inside_box = ((x_adv >= self.lower - tolerance) & (x_adv <= self.upper + tolerance)).flatten(1).all(1)
         return inside_box & (self.distance(x_adv, x) <= self.epsilon + tolerance)
 
@@ -91,7 +93,10 @@ class ThreatModel:
         with one scalar per example that puts the result on the ball. Differentiable in both arguments, exactly.
         ``radius [batch]``, a constant, gives each example its own in place of epsilon.
         """
-        radius = None if radius is None else radius.detach().to(x)
+        moved(x_adv, x)
+        if radius is not None:
+            require(radius.shape == x.shape[:1], "radius", f"of shape [{len(x)}], one per example", list(radius.shape))
+            radius = radius.detach().to(x)
         if self.norm == "linf":
             return x_adv.clamp(*self.bounds(x, radius=radius))
         reach = self.epsilon if radius is None else radius[:, None]
@@ -134,6 +139,7 @@ class ThreatModel:
 
     def sample(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """A uniform point of the ball of each ``x``, clipped to the box; noise is drawn by ``generator`` on the CPU and moved."""
+        floating("x", x)
         if self.norm == "linf":
             noise = uniform(x.shape, like=x, generator=generator).mul_(2).sub_(1)
         else:

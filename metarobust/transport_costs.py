@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from metarobust._checks import choice, finite, message, require
+from metarobust._checks import choice, finite, message, moved, require
 from metarobust._tensors import flat, norms, per_example
 from metarobust.threat_models import NORMS, ThreatModel
 
@@ -69,6 +69,7 @@ class HardBall:
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """0 inside, inf outside, ``[batch]``; the gradient is 0."""
+        moved(x_adv, x)
         ball = self.threat_model
         # Every coordinate may be rounded by the spacing of numbers at the ends of the box; the norm adds that up.
         coordinates = flat(x[:1]).shape[1] ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[ball.norm]
@@ -121,6 +122,7 @@ class NormPower:
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``; the gradient at ``x_adv = x`` is 0, also where the power has no finite one."""
+        moved(x_adv, x)
         paid = self.weight * _power(norms(x_adv - x, self.norm), self.power)
         return _inside(paid, _in_box(x_adv, self.free_ball))
 
@@ -244,6 +246,7 @@ class SoftHinge:
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``; an excess within rounding is none, so that the ball is free at a scale of inf too."""
+        moved(x_adv, x)
         ball = self.threat_model
         excess = flat(x_adv - x).abs() - ball.epsilon
         rounding = 4 * torch.finfo(x.dtype).eps * max(abs(ball.lower), abs(ball.upper))
@@ -293,6 +296,7 @@ class Insertion:
 
     def cost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Cost per example, ``[batch]``."""
+        moved(x_adv, x)
         paid = self.weight * _power(norms(x_adv - x, "l1"), self.power)
         binary = ((x_adv == 0) | (x_adv == 1)) & ((x == 0) | (x == 1))
         return _inside(paid, flat(binary & (x_adv >= x)).all(1))
@@ -339,5 +343,5 @@ def _in_box(x_adv: Tensor, box: ThreatModel) -> Tensor:
 
 def _power(radius: Tensor, power: float) -> Tensor:
     """``radius ** power`` with gradient 0 at 0, where the true one is infinite for a power below 1."""
-    moved = radius > 0
-    return torch.where(moved, torch.where(moved, radius, 1.0) ** power, 0.0)
+    positive = radius > 0
+    return torch.where(positive, torch.where(positive, radius, 1.0) ** power, 0.0)

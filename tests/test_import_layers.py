@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 350
 
 LAYERS = [
-    ("types", "_tensors", "_checks", "_files", "_progress", "_processes"),
+    ("types", "_checks", "_files", "_progress", "_processes"),
     ("threat_models", "losses", "divergences", "models", "data"),
     ("attacks", "dro", "bounds"),
     ("objectives", "meta_optimizers", "evaluation"),
@@ -19,6 +19,7 @@ LAYERS = [
 ]
 LAYER_OF: dict[str, float] = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 LAYER_OF["_tensor_files"] = 0.5  # made of _files
+LAYER_OF["_tensors"] = 0.5  # checks the generators that it draws from
 LAYER_OF["meta_weighters"] = 3.5  # weighs what objectives charge
 LAYER_OF["transport_costs"] = 1.5  # made of threat models, and attacks are made with it
 LATE = {"torchvision", "learn2learn", "ot", "matplotlib", "sklearn", "tyro"}

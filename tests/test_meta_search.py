@@ -246,7 +246,7 @@ def test_bad_searches(change: dict[str, Any], sentence: str) -> None:
 
 
 def test_only_what_can_be_turned_is_searched() -> None:
-    with pytest.raises(TypeError, match="must be given an InterpretableOptimizer, got LSTMOptimizer"):
+    with pytest.raises(TypeError, match="meta_optimizer must be an InterpretableOptimizer, got LSTMOptimizer"):
         meta_search(LSTMOptimizer(), TASKS.one_of_each)  # type: ignore[arg-type]
 
 

@@ -59,6 +59,8 @@ class Adapted:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
+        if not isinstance(self.threat_model, ThreatModel):
+            raise TypeError(message("threat_model", "a ThreatModel", repr(self.threat_model)))
         if isinstance(self.find, type) or not callable(self.find):
             remedy = "write lambda model, x, y: torchattacks.PGD(model, eps=8 / 255)(x, y)"
             raise TypeError(message("find", "a function of model, x and y", repr(self.find), remedy))

@@ -6,8 +6,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from metarobust._checks import choice, finite, integer, message, require
-from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
+from metarobust._checks import called, choice, integer, message, require
+from metarobust.attacks._common import buffers_kept, check_step_size, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.losses import Loss, loss_function
 from metarobust.threat_models import ThreatModel
@@ -90,8 +90,6 @@ class PGD:
     def __post_init__(self) -> None:
         integer("steps", self.steps, least=1)
         integer("restarts", self.restarts, least=1)
-        if self.step_size is not None:
-            finite("step_size", self.step_size, above=0.0)
         require(
             self.random_start or self.restarts == 1,
             "restarts",
@@ -100,6 +98,7 @@ class PGD:
             "write random_start=True",
         )
         _check(self)
+        check_step_size(self.step_size, self.threat_model)
 
     @torch.inference_mode(False)
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -145,9 +144,7 @@ def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tenso
     with torch.enable_grad(), buffers_kept(model):
         for step in range(steps):
             leaf = x_adv.detach().requires_grad_()
-            logits = model(leaf)
-            if step == 0:
-                checked_logits(logits, y)
+            logits = model(leaf) if step else checked_logits(called(model, leaf), y)
             gradient = input_gradient(loss(logits, y), leaf)
             if threat_model.norm == "linf":  # direction and projection, fused and in place
                 x_adv.add_(gradient.sign(), alpha=signed_step).clamp_(lowest, highest)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import finite, integer, message, require
+from metarobust._checks import called, finite, integer, message, require
 from metarobust._tensors import flat, per_example, uniform
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
@@ -80,9 +80,7 @@ class RandomRoundingFGSM:
         with torch.enable_grad(), buffers_kept(model):
             for step in range(self.steps):
                 leaf = relaxed.detach().requires_grad_()
-                logits = model(leaf)
-                if step == 0:
-                    checked_logits(logits, y)
+                logits = model(leaf) if step else checked_logits(called(model, leaf), y)
                 losses = loss(logits, y)
                 gradient = input_gradient(losses, leaf)
                 natural = losses.detach() if step == 0 else natural

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metarobust._checks import is_out_of_memory
+from metarobust._checks import called, is_out_of_memory
 from metarobust.types import Model
 
 CPU_BUDGET = 32 * 2**20
@@ -39,7 +39,7 @@ def _saved_bytes(model: Model, x: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x.detach().requires_grad_())
+        called(model, x.detach().requires_grad_())
     return sum(kept.values())
 
 

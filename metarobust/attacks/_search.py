@@ -7,6 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from metarobust import _checks
+from metarobust._checks import losses
 from metarobust.attacks._common import buffers_kept, checked_logits, input_gradient
 from metarobust.attacks._memory import halving_on_out_of_memory, rows_within
 from metarobust.attacks._step_rules import Ball, overwrite, step_rule
@@ -86,7 +87,7 @@ class Search:
             points = repeat(x, "examples ... -> examples targets ...", targets=targets.shape[1])
             return torch.ones_like(y, dtype=torch.bool), BestOfEachTarget(margins_of_each(logits, y, targets), points), targets
         clean = margin(logits, y)
-        value = self.objective(logits, y, y if targets is None else targets[:, 0])
+        value = losses(self.objective(logits, y, y if targets is None else targets[:, 0]), examples=len(y))
         standing = clean <= 0 if self.survivors_only else torch.ones_like(clean, dtype=torch.bool)
         return standing, Best(clean if self.by_margin else value, clean, x), targets
 
@@ -243,7 +244,7 @@ class _Chunk:
         logits = logits.float() if logits.element_size() < 4 else logits
         samples = self.search.eot_samples
         y, target = (t.repeat_interleave(samples) if samples > 1 else t for t in (self.row_y, self.row_target))
-        values, margins = self.search.objective(logits, y, target), self._margins(logits.detach(), y)
+        values, margins = losses(self.search.objective(logits, y, target), examples=len(y)), self._margins(logits.detach(), y)
         if samples > 1:
             pattern = "(rows samples) ... -> rows samples ..."
             values, margins = (rearrange(v, pattern, samples=samples).mean(1) for v in (values, margins))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metarobust._checks import finite, integer, message, require
+from metarobust._checks import called, finite, integer, losses, message, require
+from metarobust._checks import generator as check_generator
 from metarobust._tensors import flat
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, checked_start
 from metarobust.attacks._counting import record_call
@@ -110,6 +111,7 @@ def _search(
     attack: Square, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, start: Tensor | None
 ) -> Tensor:
     """Random search (algorithm 1) on all unfinished rows at once, each laid out as ``[channels, places]``."""
+    check_generator("generator", generator)
     grid, loss_of = Grid.of(x), loss_function(attack.loss)
 
     # Large batches are asked in parts that stay in the cache; small ones are not worth the measurement.
@@ -117,13 +119,13 @@ def _search(
 
     def ask(points: Tensor, y: Tensor, *, first: bool = False) -> tuple[Tensor, Tensor]:
         parts = points.view(-1, *x.shape[1:]).split(at_once)
-        answers = [model(part) for part in parts]
+        answers = [called(model, part) if first else model(part) for part in parts]
         if first:
             for answer, own in zip(answers, y.split(at_once), strict=True):
                 checked_logits(answer, own)
         logits = answers[0] if len(parts) == 1 else torch.cat(answers)
         wrong = logits.argmax(1) != y  # before the loss, which might write into the logits
-        return loss_of(logits, y), wrong
+        return losses(loss_of(logits, y), examples=len(y)), wrong
 
     def noise(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device="cpu").to(x.device)

@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from metarobust._checks import finite, integer, message, require
+from metarobust import _checks
+from metarobust._checks import called, finite, integer, message, require
 from metarobust._tensors import per_example
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
@@ -213,10 +214,8 @@ class TransportAscent:
         """Losses at a point and, if asked for, their input gradient."""
         with torch.set_grad_enabled(differentiate):
             leaf = point.detach().requires_grad_(differentiate)
-            logits = model(leaf)
-            if first:
-                checked_logits(logits, y)
-            losses = loss_function(self.loss)(logits, y)
+            logits = checked_logits(called(model, leaf), y) if first else model(leaf)
+            losses = _checks.losses(loss_function(self.loss)(logits, y), examples=len(y))
             return losses.detach(), input_gradient(losses, leaf) if differentiate else None
 
 

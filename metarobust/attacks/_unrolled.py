@@ -9,7 +9,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torchopt.base import GradientTransformation
 
-from metarobust._checks import choice, integer, message
+from metarobust import _checks
+from metarobust._checks import called, choice, integer, message
 from metarobust._tensors import tree_detach
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
@@ -125,9 +126,9 @@ class Unrolled:
         keep_graph = torch.is_grad_enabled()
         point = x_adv if keep_graph and x_adv.requires_grad else x_adv.detach().requires_grad_()
         with torch.enable_grad():
-            logits = model(point)
-            checked_logits(logits, y)
-            gradient = input_gradient_with_graph(loss_function(self.loss)(logits, y), point, create_graph=keep_graph)
+            logits = checked_logits(called(model, point), y)
+            losses = _checks.losses(loss_function(self.loss)(logits, y), examples=len(y))
+            gradient = input_gradient_with_graph(losses, point, create_graph=keep_graph)
         downhill = -gradient if self.direction == "adversary" else gradient
         updates, state = self.update_rule.update(cast("Any", (downhill,)), state, params=cast("Any", (x_adv,)), inplace=False)
         moved = x_adv + cast("Any", updates)[0].to(x.dtype)  # whatever the precision that the rule computes in

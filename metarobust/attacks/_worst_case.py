@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import message, require
+from metarobust import _checks
+from metarobust._checks import called, message, require
 from metarobust.attacks._common import buffers_kept, checked, checked_logits
 from metarobust.attacks._counting import record_call
 from metarobust.losses import margin
@@ -47,8 +48,10 @@ class WorstCase:
             )
         require(len(self.attacks) > 0, "attacks", "at least one attack", "none")
         for attack in self.attacks:
-            if not callable(attack):
-                raise TypeError(message("attacks", "a sequence of attacks", f"an element {attack!r}"))
+            if isinstance(attack, type) or not callable(attack):
+                raise TypeError(
+                    message("attacks", "a sequence of attacks", f"an element {attack!r}", "write [FGSM(...), PGD(...)]")
+                )
         kinds = {repr(attack.threat_model) for attack in self.attacks if hasattr(attack, "threat_model")}  # type: ignore[attr-defined]
         require(len(kinds) <= 1, "attacks", "of one threat model", " and ".join(sorted(kinds)))
         object.__setattr__(self, "attacks", tuple(self.attacks))
@@ -58,6 +61,7 @@ class WorstCase:
         """Return ``x_adv``, shaped like ``x``, detached, inside ball and box."""
         record_call(len(x))
         threat_model = self._threat_model
+        _checks.model(model)
         if threat_model is not None:
             x, y = checked(threat_model, model, x, y)
         found = x.detach().clone()
@@ -84,5 +88,5 @@ def margins_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """Best wrong logit minus the label's own, ``[batch]``; positive exactly when misclassified."""
     with buffers_kept(model):
         pairs = zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True)
-        logits = torch.cat([checked_logits(model(rows), own) for rows, own in pairs])
+        logits = torch.cat([checked_logits(called(model, rows), own) for rows, own in pairs])
     return margin(logits if logits.element_size() >= 4 else logits.float(), y)

@@ -126,6 +126,9 @@ def risk_curve(
     if isinstance(epsilons, (int, float, str)):
         raise TypeError(message("epsilons", "a list of radii", repr(epsilons), f"write epsilons=[{epsilons}]"))
     require(len(epsilons) > 0, "epsilons", "at least one radius", "none")
+    for epsilon in epsilons:
+        if isinstance(epsilon, str):
+            raise TypeError(message("epsilons", "a list of radii", repr(epsilon), f"write {epsilon} as a number"))
     return _bounds(
         x,
         y,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobust._checks import message
+from metarobust._checks import floating, message
 from metarobust._tensors import flat
 from metarobust.bounds._conflicts import ConflictGraph
 
@@ -48,6 +48,7 @@ class RobustClassifier:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """``x [batch, ...]`` in input units to probabilities ``[batch, classes]``, float64, on the device of the points."""
+        floating("x", x)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(message("x", f"of shape [batch, {', '.join(map(str, self.shape))}]", list(x.shape)))
         rows = flat(x).double().to(self.x.device)

@@ -47,6 +47,8 @@ def plot_curve(
     from matplotlib.figure import Figure
 
     path = Path(path)
+    if not isinstance(bounds, Sequence):
+        raise TypeError(message("bounds", "a list of RiskBounds", type(bounds).__name__, "write plot_curve([bound], path)"))
     require(len(bounds) > 0, "bounds", "at least one RiskBound", "none")
     of = {(bound.norm, bound.examples) for bound in bounds}
     require(len(of) == 1, "bounds", "of one norm and on the same points", f"(norm, examples) {sorted(of)}")

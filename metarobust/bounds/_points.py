@@ -7,9 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobust._checks import kind, message, require, tensor_of
+from metarobust._checks import floating, kind, message, require, tensor_of
 from metarobust._checks import labels as check_labels
 from metarobust._tensors import flat
+
+MOST_CLASSES = 1_000_000
+"""Tables of classes are as long as the largest label."""
 
 
 class Points(NamedTuple):
@@ -56,12 +59,13 @@ def as_points(x: Tensor, y: Tensor, weights: Tensor | None) -> Points:
         TypeError: x is not floating point, y not int64, weights not a tensor.
         ValueError: NaN or infinite values, wrong shapes, negative labels or weights, no example.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        remedy = "for 8-bit images write x.float() / 255" if isinstance(x, Tensor) else tensor_of("x", x)
-        raise TypeError(message("x", "a floating-point tensor", kind(x), remedy))
+    floating("x", x)
     require(x.dim() >= 1 and len(x) > 0, "x", "at least one example, [examples, ...]", list(x.shape))
     check_labels(y, examples=len(x))
-    require(int(y.min()) >= 0, "y", "labels of at least 0", int(y.min()), "number the classes from 0")
+    low, high = (int(label) for label in y.aminmax())
+    require(low >= 0, "y", "labels of at least 0", low, "number the classes from 0")
+    remedy = "number the classes from 0: write y = y.unique(return_inverse=True)[1]"
+    require(high < MOST_CLASSES, "y", f"labels below {MOST_CLASSES:,}", high, remedy)
     rows = flat(x.detach())
     rows = rows.float() if rows.element_size() < 4 else rows
     remedy = "find them with x.isfinite().logical_not().nonzero()"
@@ -120,7 +124,8 @@ def _as_weights(weights: Tensor | None, examples: int) -> np.ndarray:
         raise TypeError(message("weights", "a tensor [examples]", kind(weights), tensor_of("weights", weights)))
     require(weights.shape == (examples,), "weights", f"of shape [{examples}], one per example", list(weights.shape))
     weight = weights.detach().double().cpu().numpy()
-    require(bool(np.isfinite(weight).all() and (weight >= 0).all()), "weights", "finite and at least 0", "others")
+    proper, got = bool(np.isfinite(weight).all() and (weight >= 0).all()), f"values from {weight.min():g} to {weight.max():g}"
+    require(proper, "weights", "finite and at least 0", got)
     require(bool(weight.sum() > 0), "weights", "positive for one example at least", "zeros only")
     return weight
 

@@ -3,7 +3,7 @@
 import torch
 
 from metarobust._checks import integer
-from metarobust.data._labelled_images import LabelledImages
+from metarobust.data._labelled_images import LabelledImages, check_dataset
 from metarobust.data._splits import check_cpu_generator
 
 
@@ -29,5 +29,6 @@ def minibatch(dataset: LabelledImages, size: int, *, generator: torch.Generator)
         (4, 4)
     """
     integer("size", size, least=1)
+    check_dataset(dataset)
     check_cpu_generator(generator)
     return dataset.select(torch.randperm(len(dataset), generator=generator)[:size])

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from metarobust._checks import integer
 from metarobust.data._labelled_images import LabelledImages
 from metarobust.data._splits import split
 
@@ -57,4 +58,5 @@ def digits_pools(seed: int = 0) -> Pools:
         >>> [len(pool) for pool in pools]
         [700, 400, 697]
     """
+    integer("seed", seed, least=0)
     return Pools(*split(load_digits(), POOL_SIZES, generator=torch.Generator().manual_seed(seed)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metarobust._checks import choice, finite, integer, message, require, tensor_of
 from metarobust._checks import kind as kind_of
-from metarobust.data._labelled_images import LabelledImages
+from metarobust.data._labelled_images import LabelledImages, check_dataset
 from metarobust.data._splits import check_cpu_generator
 
 _KINDS = ("uniform", "flip1", "flip2", "pair")
@@ -108,6 +108,7 @@ def with_label_noise(dataset: LabelledImages, matrix: Tensor, *, generator: torc
         >>> int(noisy.flipped.sum()), ((noisy.data.labels - noisy.true_labels) % 10).bincount().tolist()
         (85, [415, 85])
     """
+    check_dataset(dataset)
     check_cpu_generator(generator)
     _check_matrix(matrix, dataset.num_classes)
     cumulative = matrix.detach().to("cpu", torch.float64).cumsum(dim=1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metarobust._checks import integer, kind, message, require, tensor_of
+from metarobust._checks import has_values, integer, kind, message, require, tensor_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,13 +70,22 @@ class LabelledImages:
 
         Raises:
             TypeError: `indices` is not int64 with one axis.
+            ValueError: an index beyond the rows, on a CPU.
         """
+        if not isinstance(indices, Tensor):
+            got, remedy = kind(indices), tensor_of("indices", indices)
+            raise TypeError(message("indices", "integers (torch.int64) of shape [m]", got, remedy))
         if indices.dtype != torch.int64 or indices.ndim != 1:
             got = f"dtype {dtype_name(indices)} and shape {list(indices.shape)}"
             remedy = "for a mask write mask.nonzero().flatten()"
             raise TypeError(message("indices", "integers (torch.int64) of shape [m]", got, remedy))
         indices = indices.to(self.images.device)
-        return self._of_valid_rows(self.images[indices], self.labels[indices])
+        try:
+            return self._of_valid_rows(self.images[indices], self.labels[indices])
+        except IndexError as error:  # a GPU does not tell; looking first would make it wait at every minibatch
+            low, high = (int(bound) for bound in indices.aminmax())
+            got = f"indices from {low} to {high}"
+            raise ValueError(message("indices", f"in [0, {len(self)}), the rows of the data set", got)) from error
 
     def _of_valid_rows(self, images: Tensor, labels: Tensor) -> "LabelledImages":
         # Rows of checked data need no second check, which on a GPU would cost a synchronisation per minibatch.
@@ -99,6 +108,7 @@ def _check_images(images: Tensor) -> None:
         list(images.shape),
         "for [n, height, width] write images.unsqueeze(1)",
     )
+    has_values("images", images)
     if images.numel() == 0:
         return
     lowest, highest = (bound.item() for bound in images.aminmax())
@@ -143,6 +153,13 @@ def _check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
         f"values from {lowest} to {highest}",
         "number the classes from 0 and write num_classes=int(labels.max()) + 1",
     )
+
+
+def check_dataset(value: object) -> None:
+    """Check that ``value`` is a `LabelledImages`."""
+    if not isinstance(value, LabelledImages):
+        remedy = "write LabelledImages(images, labels, num_classes)"
+        raise TypeError(message("dataset", "a LabelledImages", type(value).__name__, remedy))
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import finite, integer, require
-from metarobust.data._labelled_images import LabelledImages
+from metarobust.data._labelled_images import LabelledImages, check_dataset
 from metarobust.data._splits import check_cpu_generator
 
 
@@ -49,6 +49,7 @@ def long_tail(
         >>> tail.labels.bincount().tolist()
         [10, 5, 20]
     """
+    check_dataset(dataset)
     check_cpu_generator(generator)
     finite("factor", factor, least=1)
     classes, labels = dataset.num_classes, dataset.labels.cpu()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metarobust._checks import message, require
 from metarobust.data._global_randomness import global_randomness_from
-from metarobust.data._labelled_images import LabelledImages
+from metarobust.data._labelled_images import LabelledImages, check_dataset
 from metarobust.data._learn2learn import import_learn2learn
 from metarobust.data._splits import check_cpu_generator
 
@@ -44,6 +44,7 @@ class LowDataTasks:
     _tasksets: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_dataset(self.dataset)
         bounds = self._size_range
         expected, remedy = "an integer >= 1 or a range (low, high)", "write examples=100 or examples=(50, 200)"
         if len(bounds) != 2 or any(isinstance(bound, bool) or not isinstance(bound, int) for bound in bounds):

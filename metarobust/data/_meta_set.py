@@ -3,7 +3,7 @@
 import torch
 
 from metarobust._checks import integer, require
-from metarobust.data._labelled_images import LabelledImages
+from metarobust.data._labelled_images import LabelledImages, check_dataset
 from metarobust.data._long_tail import first_of_each_class
 from metarobust.data._splits import check_cpu_generator, split
 
@@ -40,6 +40,7 @@ def split_meta(dataset: LabelledImages, per_class: int, *, generator: torch.Gene
         >>> train.true_labels.bincount().tolist(), int(train.flipped.sum())
         ([164, 126, 98, 76, 58, 45, 35, 27, 21, 16], 134)
     """
+    check_dataset(dataset)
     check_cpu_generator(generator)
     integer("per_class", per_class, least=1)
     labels = dataset.labels.cpu()

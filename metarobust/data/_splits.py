@@ -6,8 +6,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from metarobust._checks import require
-from metarobust.data._labelled_images import LabelledImages
+from metarobust._checks import generator as checks_generator
+from metarobust._checks import integer, require, sequence
+from metarobust.data._labelled_images import LabelledImages, check_dataset
 
 
 def split(dataset: LabelledImages, sizes: Sequence[int], *, generator: torch.Generator) -> tuple[LabelledImages, ...]:
@@ -34,11 +35,15 @@ def split(dataset: LabelledImages, sizes: Sequence[int], *, generator: torch.Gen
         >>> train.labels.bincount().tolist(), test.labels.bincount().tolist()
         ([6, 6, 6], [4, 4, 4])
     """
+    check_dataset(dataset)
+    sequence("sizes", sizes, "(700, 300)")
+    for size in sizes:
+        integer("each of sizes", size, least=0)
     sizes = list(sizes)
     require(
-        all(size >= 0 for size in sizes) and sum(sizes) <= len(dataset),
+        sum(sizes) <= len(dataset),
         "sizes",
-        f">= 0 with a sum of at most {len(dataset)}, the length of the data set",
+        f"of a sum of at most {len(dataset)}, the length of the data set",
         f"{sizes} with the sum {sum(sizes)}",
         "write smaller sizes",
     )
@@ -49,13 +54,7 @@ def split(dataset: LabelledImages, sizes: Sequence[int], *, generator: torch.Gen
 
 def check_cpu_generator(generator: torch.Generator) -> None:
     """Refuse a generator of another device, whose numbers would differ from those of the CPU for the same seed."""
-    require(
-        generator.device.type == "cpu",
-        "generator",
-        "on the CPU",
-        generator.device,
-        "write torch.Generator().manual_seed(seed), which serves data on every device",
-    )
+    checks_generator("generator", generator, needed=True)
 
 
 def _stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobust._checks import message, require
+from metarobust._checks import floating, require
 
 MOST_ITERATIONS = 200
 PRECISION = 1e-12
@@ -62,14 +62,15 @@ def distributions(weights: Tensor, base_weights: Tensor | None) -> tuple[Tensor,
         TypeError: no floating-point tensor.
         ValueError: not one row each of the same length, or no distribution.
     """
+    floating("weights", weights)
     base = torch.full_like(weights, 1 / max(1, len(weights)), dtype=torch.float64) if base_weights is None else base_weights
     for name, value in (("weights", weights), ("base_weights", base)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(message(name, "a floating-point tensor [n]", type(value).__name__))
+        floating(name, value)
         require(value.dim() == 1 and len(value) > 0, name, "of shape [n] with n >= 1", list(value.shape))
         total = float(value.detach().double().sum())
-        proper = bool((value >= 0).all()) and abs(total - 1) < 1e-3
-        require(proper, name, "a distribution: entries >= 0 of sum 1", f"a sum of {total:g}", f"divide by {name}.sum()")
+        least, remedy = float(value.detach().min()), f"divide by {name}.sum()"
+        require(least >= 0, name, "a distribution: entries >= 0 of sum 1", f"an entry of {least:g}")
+        require(abs(total - 1) < 1e-3, name, "a distribution: entries >= 0 of sum 1", f"a sum of {total:g}", remedy)
     require(len(base) == len(weights), "base_weights", f"of shape [{len(weights)}]", list(base.shape))
     return weights.double(), base.double()
 

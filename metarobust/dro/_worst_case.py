@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobust._checks import finite, kind, message, require
+from metarobust._checks import finite, floating, message, require
 from metarobust.divergences import Divergence
 from metarobust.dro._dual import solve
 from metarobust.dro._implicit import Optimum, Value
@@ -123,8 +123,8 @@ def _check_arguments(losses: Tensor, costs: Tensor | None, base_weights: Tensor 
     if isinstance(divergence, type) or not hasattr(divergence, "tilt"):
         raise TypeError(message("divergence", "divergences.KL(), Alpha(order=...) or Renyi(order=...)", repr(divergence)))
     for name, value in (("losses", losses), ("costs", costs), ("base_weights", base_weights)):
-        if value is not None and (not isinstance(value, Tensor) or not value.is_floating_point()):
-            raise TypeError(message(name, "a floating-point tensor", kind(value)))
+        if value is not None:
+            floating(name, value)
     proper = losses.dim() in (1, 2) and losses.numel() > 0
     require(proper, "losses", "of shape [n] or [n, candidates], not empty", list(losses.shape))
     if costs is not None:
@@ -158,7 +158,9 @@ def _on_host(
     if costs is not None:
         c = together[size : 2 * size].reshape(n, -1)
         begin = 2 * size
-        require(bool((c >= 0).all()), "costs", ">= 0", "negative or NaN values")
+        require(
+            bool((c >= 0).all()), "costs", ">= 0", "negative or NaN values", "a natural example costs 0, one out of reach inf"
+        )
         require(bool((c < np.inf).any(1).all()), "costs", "finite for at least one candidate per example", "only inf for one")
     base = np.full(n, 1 / n)
     if base_weights is not None:

@@ -97,6 +97,10 @@ def evaluate(
     require(
         attacks is None or len(attacks) > 0, "attacks", "at least one attack", "none", "write attacks=None for the protocol's"
     )
+    for name, attack in (attacks or {}).items():
+        if isinstance(attack, type) or not callable(attack):
+            got = f"{attack!r} under {name!r}"
+            raise TypeError(message("attacks", "a mapping from names to attacks", got, "write {'pgd': PGD(threat_model=...)}"))
     taken = sorted({"clean", CHECKS} & set(attacks or ()))
     require(not taken, "attacks", f"named otherwise than 'clean' and {CHECKS!r}", taken)
     choice("protocol", protocol, PROTOCOLS)

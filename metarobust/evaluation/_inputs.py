@@ -92,7 +92,7 @@ def behind_door(model: Model, x: Tensor) -> tuple[Model, torch.device, torch.dty
     device, dtype = placement(model, x)
     if dtype is not None and dtype != x.dtype:
         return Door(model, dtype), device, dtype
-    given = checked_logits(model(x[:1].to(device)), 1).dtype
+    given = checked_logits(_checks.called(model, x[:1].to(device)), 1).dtype
     return (model, device, x.dtype) if given == x.dtype else (Door(model, None), device, given)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from metarobust._checks import finite, integer, require
+from metarobust._checks import finite, integer, message, require
 from metarobust.meta_optimizers._estimators import advanced
 from metarobust.meta_optimizers._kinds import MetaOptimizer, check_source
 from metarobust.meta_optimizers._tasks import ClassificationTask
@@ -40,6 +40,10 @@ def train_optimizees(
         generator: of all randomness, on the CPU.
         keep: steps whose parameters are wanted besides; 0 is the start.
     """
+    integer("total_steps", total_steps, least=1)
+    if not isinstance(rule, GradientTransformation):
+        remedy = "write torchopt.chain(gradients_only(), torchopt.adam(3e-3))"
+        raise TypeError(message("rule", "a TorchOpt GradientTransformation that takes two streams", repr(rule), remedy))
     parameters = task.initial_parameters(generator=generator)
     state = rule.init(cast("Any", parameters))
     kept = {0: parameters}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from metarobust._checks import finite, integer, require
+from metarobust._checks import finite, integer, message, pair, require
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks
 from metarobust.meta_optimizers._tasks import ClassificationTask
@@ -70,6 +70,12 @@ class TaskDistribution:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        for name in ("architectures", "datasets"):
+            if not isinstance(getattr(self, name), Mapping):
+                got = type(getattr(self, name)).__name__
+                raise TypeError(message(name, "a mapping from names", got, f"write {name}={{'small': ...}}"))
+        for name, example in (("examples", "(100, 200)"), ("epsilon", "(0.05, 0.15)"), ("box", "(0.0, 1.0)")):
+            pair(name, getattr(self, name), example)
         require(len(self.architectures) > 0, "architectures", "at least one architecture", "none")
         require(len(self.datasets) > 0, "datasets", "at least one data set", "none")
         low, high = self.examples
@@ -78,6 +84,7 @@ class TaskDistribution:
         finite("epsilon", self.epsilon[0], above=0.0)
         require(self.epsilon[1] >= self.epsilon[0], "epsilon", "a pair (least, largest)", self.epsilon)
         integer("copies", self.copies, least=1)
+        _ = ThreatModel(norm=self.norm, epsilon=self.epsilon[1], lower=self.box[0], upper=self.box[1])
 
     def __call__(self, generator: torch.Generator) -> ClassificationTask:
         """A task with everything drawn from ``generator``, a CPU generator."""

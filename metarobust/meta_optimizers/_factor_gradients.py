@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from metarobust._checks import choice, require
+from metarobust._checks import choice, message, require
 from metarobust.meta_optimizers import _adversarial_estimate as estimate
 from metarobust.meta_optimizers._factor_recorder import FactorGradients, FactorRecorder
 from metarobust.meta_optimizers._layer_calls import LAYERS
@@ -82,7 +82,11 @@ def record_factors(
         >>> model[1].weight.grad.shape == model[1].weight.perturbed_factor_grad.shape
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("model", "an nn.Module, whose layers are watched", type(model).__name__))
     threat_model = ThreatModel() if threat_model is None else threat_model
+    if not isinstance(threat_model, ThreatModel):
+        raise TypeError(message("threat_model", "a ThreatModel or None", repr(threat_model)))
     require(
         threat_model.norm in ("linf", "l2"),
         "threat_model.norm",
@@ -152,5 +156,8 @@ def factor_gradients(
         >>> [tuple(t.shape) for t in h]
         [(3, 4), (3,), (2, 3), (2,)]
     """
+    if not callable(loss_closure):
+        remedy = "write lambda: F.cross_entropy(model(x), y)"
+        raise TypeError(message("loss_closure", "a function that computes the loss", type(loss_closure).__name__, remedy))
     with record_factors(model, threat_model=threat_model, source=source, generator=generator) as recorder:
         return recorder.gradients(loss_closure(), parameters, create_graph=create_graph)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from metarobust._checks import require
+from metarobust._checks import message, require
 from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._lstm import LSTMOptimizer
 
@@ -19,3 +19,11 @@ def check_source(meta_optimizer: MetaOptimizer, task: Any, where: str) -> None:
         source, own = getattr(task, "source", None), meta_optimizer.gradient_source
         remedy = f"or give the rule gradient_source={source!r}"
         require(source in (own, "gradient", None), where, f"tasks with source={own!r}, like the rule", repr(source), remedy)
+
+
+def check_meta_optimizer(value: object) -> None:
+    """Check that ``value`` is a meta-optimizer."""
+    if not isinstance(value, MetaOptimizer):
+        remedy = f"write load({value!r})" if isinstance(value, str) else "write InterpretableOptimizer() or load(path)"
+        got = repr(value) if isinstance(value, str) else type(value).__name__
+        raise TypeError(message("meta_optimizer", "an LSTMOptimizer or an InterpretableOptimizer", got, remedy))

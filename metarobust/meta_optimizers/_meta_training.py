@@ -12,17 +12,18 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metarobust import __version__
-from metarobust._checks import choice, finite, integer, require
+from metarobust._checks import choice, finite, integer, message, require
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
-from metarobust.meta_optimizers._kinds import MetaOptimizer, check_source
+from metarobust.meta_optimizers._kinds import MetaOptimizer, check_meta_optimizer, check_source
 from metarobust.meta_optimizers._resume import load_run, save_run
 from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import reading_streams
 from metarobust.types import Task
 
 SampleTask = Callable[[torch.Generator], Task]
+DRAWN = "write a TaskDistribution, or lambda generator: ClassificationTask(...)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +201,9 @@ def meta_train(
         seed=seed,
     )
     integer("checkpoint_every", checkpoint_every, least=1)
-    if not isinstance(meta_optimizer, MetaOptimizer) or not callable(sample_task):
-        raise TypeError(
-            "meta_train must be given an LSTMOptimizer or an InterpretableOptimizer and a function from a generator to a task"
-        )
+    check_meta_optimizer(meta_optimizer)
+    if not callable(sample_task):
+        raise TypeError(message("sample_task", "a function that returns a task", type(sample_task).__name__, DRAWN))
     if checkpoint is not None and not Path(checkpoint).parent.is_dir():
         raise FileNotFoundError(f"no folder at {Path(checkpoint).parent} for the checkpoint; make it first")
     meta_optimizer.requires_grad_(True)  # `load` gives a frozen one
@@ -259,6 +259,8 @@ class MetaTrainingRun:
         """The task that this seed gives, at age 0."""
         generator = torch.Generator().manual_seed(task_seed)
         task = self.sample_task(generator)
+        if not hasattr(task, "initial_parameters"):
+            raise TypeError(message("sample_task", "a function that returns a task", type(task).__name__, DRAWN))
         check_source(self.meta_optimizer, task, "sample_task")
         self.threat_models = widened(self.threat_models, getattr(task, "threat_model", None))
         parameters = task.initial_parameters(generator=generator)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metarobust import __version__
-from metarobust._checks import finite, integer, require
+from metarobust._checks import choice, finite, integer, message, pair, require
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust._tensor_files import read_tensors, write_tensors
@@ -52,6 +52,7 @@ class MetaSearchSettings:
         for name in ("generations", "population", "elite"):
             integer(name, getattr(self, name), least=1)
         require(self.elite < self.population, "elite", f"below population (={self.population})", self.elite)
+        pair("total_steps", self.total_steps, "(150, 450)")
         low, high = self.total_steps
         integer("total_steps", low, least=1)
         require(high >= low, "total_steps", "a pair (least, most)", self.total_steps)
@@ -132,11 +133,11 @@ def meta_search(
         seed=seed,
     )
     if not isinstance(meta_optimizer, InterpretableOptimizer):
-        raise TypeError(f"meta_search must be given an InterpretableOptimizer, got {type(meta_optimizer).__name__}")
+        raise TypeError(message("meta_optimizer", "an InterpretableOptimizer", type(meta_optimizer).__name__))
     available = meta_optimizer.knobs()
     spreads = {name: spread for name, (spread, _) in available.items()} if knobs is None else dict(knobs)
     for name, spread in spreads.items():
-        require(name in available, "knobs", f"among {', '.join(available)}", repr(name))
+        choice("knobs", name, tuple(available))
         finite(name, spread, above=0.0)
     start = {name: p.detach().clone() for name, p in meta_optimizer.named_parameters()}
     first = torch.tensor(list(spreads.values()), dtype=torch.float64)
@@ -158,7 +159,7 @@ def meta_search(
             advance(len(history))
             while len(history) < generations:
                 draw = torch.Generator().manual_seed(1_000_003 * seed + len(history))
-                tasks = [(task, _steps(total_steps, draw)) for task in sample_tasks(draw)]
+                tasks = [(task, _steps(total_steps, draw)) for task in _drawn(sample_tasks(draw))]
                 for task, _ in tasks:
                     check_source(meta_optimizer, task, "sample_tasks")
                     threat_models = widened(threat_models, task.threat_model)
@@ -214,12 +215,20 @@ def _compared(
     for i in range(rank(), len(rows), processes()):
         way, number = rows[i]
         draw = torch.Generator().manual_seed(1_000_003 * settings.seed + settings.generations + number)
-        tasks = [(task, _steps(settings.total_steps, draw)) for task in sample_tasks(draw)]
+        tasks = [(task, _steps(settings.total_steps, draw)) for task in _drawn(sample_tasks(draw))]
         ways[way]()
         scores[i] = _score(rule, tasks, settings)
     (scores,) = summed([scores])
     found = {way: [s for (name, _), s in zip(rows, scores.tolist(), strict=True) if name == way] for way in ways}
     return {way: sum(values) / len(values) for way, values in found.items() if values}
+
+
+def _drawn(tasks: Any) -> Sequence[ClassificationTask]:
+    expected, remedy = "a function that returns a list of tasks", "write tasks.one_of_each of a TaskDistribution"
+    if not isinstance(tasks, (list, tuple)):
+        raise TypeError(message("sample_tasks", expected, type(tasks).__name__, remedy))
+    require(len(tasks) > 0, "sample_tasks", expected, "an empty list", remedy)
+    return tasks
 
 
 def _steps(total_steps: tuple[int, int], draw: torch.Generator) -> int:

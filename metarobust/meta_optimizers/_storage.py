@@ -11,7 +11,7 @@ from torch import Tensor
 from metarobust import __version__
 from metarobust._checks import require
 from metarobust._tensor_files import read_tensors, write_tensors
-from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer
+from metarobust.meta_optimizers._kinds import KINDS, MetaOptimizer, check_meta_optimizer
 
 FORMAT = "metarobust meta-optimizer 1"
 TRAINED = ("robust-small-v1",)
@@ -27,6 +27,7 @@ def save(meta_optimizer: MetaOptimizer, path: str | os.PathLike[str]) -> Path:
         meta_optimizer: an `LSTMOptimizer` or an `InterpretableOptimizer`.
         path: of the file, in an existing folder.
     """
+    check_meta_optimizer(meta_optimizer)
     header = {
         "format": FORMAT,
         "kind": type(meta_optimizer).__name__,

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from metarobust._checks import choice, integer, message, require
 from metarobust._tensors import seeded
 from metarobust.data import LabelledImages
+from metarobust.data._labelled_images import check_dataset
 from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES, record_factors
 from metarobust.models import stack
 from metarobust.threat_models import ThreatModel
@@ -56,18 +57,23 @@ class ClassificationTask:
     ) -> None:
         if threat_model is not None and not isinstance(threat_model, ThreatModel):
             raise TypeError(message("threat_model", "a ThreatModel or None", repr(threat_model)))
+        check_dataset(dataset)
+        if isinstance(build, nn.Module) or not callable(build):
+            remedy = "write lambda: mlp([64, 32, 10])"
+            raise TypeError(message("build", "a function that makes a fresh model", type(build).__name__, remedy))
         if not isinstance(subsets, Tensor) or subsets.dtype != torch.int64:
             raise TypeError(message("subsets", "an int64 tensor of shape [optimizees, examples]", type(subsets).__name__))
         require(subsets.dim() == 2, "subsets", "of shape [optimizees, examples]", list(subsets.shape))
         integer("batch_size", batch_size, least=1)
         integer("meta_batch_size", meta_batch_size, least=1)
         self.optimizees, self.examples = subsets.shape
+        require(subsets.numel() > 0, "subsets", "of at least one copy and one example", list(subsets.shape))
         remaining = len(dataset) - self.examples
         require(
             bool((subsets >= 0).all()) and bool((subsets < len(dataset)).all()),
             "subsets",
-            f"indices in [0, {len(dataset)})",
-            "indices outside",
+            f"indices in [0, {len(dataset)}), rows of the data set",
+            f"indices from {int(subsets.min())} to {int(subsets.max())}",
         )
         distinct = all(len(row.unique()) == len(row) for row in subsets)
         require(distinct, "subsets", "such that a copy's examples are distinct", "repeated indices")

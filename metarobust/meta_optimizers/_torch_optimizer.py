@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metarobust._checks import finite, integer, message, require
 from metarobust.meta_optimizers._factor_recorder import FactorRecorder
 from metarobust.meta_optimizers._gradient_origin import Origin, belongs_to_gradient
-from metarobust.meta_optimizers._kinds import MetaOptimizer
+from metarobust.meta_optimizers._kinds import MetaOptimizer, check_meta_optimizer
 from metarobust.meta_optimizers._layout import layout_of
 from metarobust.meta_optimizers._training_record import covers
 from metarobust.threat_models import ThreatModel
@@ -59,6 +59,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         finite("lr", lr, least=0.0)
         if threat_model is not None and not isinstance(threat_model, ThreatModel):
             raise TypeError(message("threat_model", "a ThreatModel or None", repr(threat_model)))
+        check_meta_optimizer(meta_optimizer)
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(message("params", "parameters", type(params).__name__, "write model.parameters()"))
+        params = list(params)
+        require(len(params) > 0, "params", "at least one parameter", "none", "write model.parameters()")
         self.meta_optimizer, self.threat_model, self._warned = meta_optimizer, threat_model, False
         super().__init__(params, {"lr": lr, "total_steps": total_steps})
 

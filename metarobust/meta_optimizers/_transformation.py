@@ -8,7 +8,7 @@ from torch import Tensor
 from torchopt import pytree
 from torchopt.base import EmptyState, GradientTransformation
 
-from metarobust._checks import message
+from metarobust._checks import finite, message
 from metarobust.meta_optimizers._kinds import MetaOptimizer
 from metarobust.meta_optimizers._layout import ROLES, layout_of, tensor_roles
 from metarobust.types import Streams
@@ -76,6 +76,9 @@ def combine_factors(*, first: float, others: float, biases: float | None = None,
         biases: coefficient of biases and normalisations; default: ``others``.
         stacked: whether the first axis of every tensor counts independent copies.
     """
+
+    for name, value in (("first", first), ("others", others), ("biases", others if biases is None else biases)):
+        finite(name, value)
 
     def update(updates: Streams, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         if not isinstance(updates, Streams):

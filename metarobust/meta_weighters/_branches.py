@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from metarobust._checks import require
 from metarobust._tensors import per_example, seeded
-from metarobust.attacks._common import buffers_kept
+from metarobust.attacks._common import buffers_kept, check_step_size
 from metarobust.losses import cross_entropy
 from metarobust.meta_weighters._hypergradient import copied_buffers
 from metarobust.meta_weighters._signed_pgd import signed_pgd
@@ -63,6 +63,7 @@ class Branches:
 
     def __post_init__(self) -> None:
         check_robust_loss(self.robust_loss)
+        check_step_size(self.step_size, self.threat_model)
         attack = getattr(self.robust_loss, "attack", None)
         theirs = getattr(self.robust_loss, "threat_model", None) or getattr(attack, "threat_model", None)
         expected = f"one for the threat model of the weighting, {self.threat_model!r}"

@@ -19,8 +19,8 @@ from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassSta
 from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, published_attack
 from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
 from metarobust.meta_weighters._meta_step import routed
-from metarobust.meta_weighters._network import Weighting, WeightingNetwork
-from metarobust.meta_weighters._optimizer_state import optimizer_state, restore_optimizer
+from metarobust.meta_weighters._network import Weighting, WeightingNetwork, check_network
+from metarobust.meta_weighters._optimizer_state import check_optimizer, optimizer_state, restore_optimizer
 from metarobust.meta_weighters._radii import Bound, GradientBound
 from metarobust.objectives import TRADES
 from metarobust.objectives._common import PairLoss
@@ -132,14 +132,16 @@ class CAAT(nn.Module):
         choice("routing", routing, ROUTINGS)
         choice("hypergradient", hypergradient, ("auto", *HYPERGRADIENTS))
         require(routing == "soft" or not reads_loss, "routing", "'soft' where the network reads the loss", repr(routing))
-        for name, value in (("meta_batch_size", meta_batch_size), ("virtual_steps", virtual_steps), ("steps", steps)):
+        every = 1 if meta_every is None else meta_every
+        counts = {"meta_batch_size": meta_batch_size, "virtual_steps": virtual_steps, "steps": steps, "meta_every": every}
+        for name, value in counts.items():
             integer(name, value, least=1)
-        if meta_every is not None:
-            integer("meta_every", meta_every, least=1)
         finite("learning_rate", learning_rate, above=0.0)
         finite("anti_factor", anti_factor, above=0.0)
+        check_optimizer(optimizer, clip_norm)
         self.statistics = ClassStatistics(class_counts)
         self.network = WeightingNetwork() if network is None else network
+        check_network(self.network)
         expected = 1 if reads_loss else len(CHARACTERISTICS)
         require(len(self.network.mean) == expected, "network", f"with inputs={expected}", len(self.network.mean))
         robust_loss = TRADES(threat_model=threat_model, beta=1.5) if robust_loss is None else robust_loss
@@ -166,8 +168,9 @@ class CAAT(nn.Module):
             expected = "not 'jvp' for a loss that attacks when it is called"
             raise ValueError(message("hypergradient", expected, f"'jvp' with {type(robust_loss).__name__}", remedy))
         if temperature is not None:
-            for value in temperature:
-                finite("temperature", value, above=0.0)
+            _checks.pair("temperature", temperature, "(1.0, 0.1)")
+        for value in temperature or ():
+            finite("temperature", value, above=0.0)
         x, y = as_tensors(meta_data)
         _checks.images(x, lower=threat_model.lower, upper=threat_model.upper)
         _checks.labels(y, examples=len(x), classes=len(self.statistics.share))
@@ -183,8 +186,6 @@ class CAAT(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.diagnostics: dict[str, float] = {}
         self.register_buffer("meta_told", torch.zeros(2, dtype=torch.float64))
-
-    # What training.fit calls -------------------------------------------------------------------------------------------
 
     def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
         """Begin ``epoch`` (from 0) of ``epochs``: temperature, and a `ReMargin` by ``model``'s errors (noise: ``generator``)."""
@@ -213,8 +214,6 @@ class CAAT(nn.Module):
         restore_optimizer("network_optimizer.", self.network_optimizer, state_dict)
         return found
 
-    # The loss ----------------------------------------------------------------------------------------------------------
-
     def forward(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return one loss per example, ``[batch]``; every ``meta_every`` calls, move the network first."""
         self._follow(x.device)
@@ -239,8 +238,6 @@ class CAAT(nn.Module):
         with evaluation_mode(model):
             logits = model(x)
         return self.network(training_characteristics(logits, y, self.statistics))
-
-    # Parts -------------------------------------------------------------------------------------------------------------
 
     def _routed(self, call: Call, meta: bool) -> Tensor:
         """The losses ``[batch]`` with one branch for each example."""

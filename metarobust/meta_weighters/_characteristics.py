@@ -41,6 +41,8 @@ class ClassStatistics(nn.Module):
 
     def __init__(self, counts: Sequence[int] | Tensor) -> None:
         super().__init__()
+        if isinstance(counts, str):
+            raise TypeError(message("counts", "a list of integers", repr(counts), "write labels.bincount(minlength=classes)"))
         counts = torch.as_tensor(counts)
         expected = "at least two integers >= 0, examples per class, not all 0"
         valid = counts.dim() == 1 and len(counts) >= 2 and not counts.is_floating_point() and bool((counts >= 0).all())
@@ -59,6 +61,9 @@ class ClassStatistics(nn.Module):
     @torch.no_grad()
     def update(self, losses: Tensor, y: Tensor) -> None:
         """Take in ``losses [batch]`` of examples with the labels ``y [batch]``, of all processes together."""
+        _checks.losses(losses, examples=len(y), name="losses")
+        if y.device.type == "cpu":  # elsewhere a look at the labels waits for the device
+            _checks.labels(y, examples=len(y), classes=len(self.share))
         counts = torch.zeros_like(self.weight_sum).index_add_(0, y, torch.ones_like(losses, dtype=self.weight_sum.dtype))
         totals = torch.zeros_like(self.loss_sum).index_add_(0, y, losses.to(self.loss_sum.dtype))
         counts, totals = summed([counts, totals])

@@ -51,6 +51,9 @@ def held_out_errors(
         generator: of the attack's noise, on the CPU.
         batch_size: examples per pass.
     """
+    integer("batch_size", batch_size, least=1)
+    require(len(x) > 0, "x", "at least one example", "none")
+    _checks.labels(y, examples=len(x), classes=classes)
     wrong, broken = [], []
     with evaluation_mode(model):
         for rows in torch.arange(len(x)).split(batch_size):
@@ -223,6 +226,7 @@ class FRL(nn.Module):
         self.reweight, self.remargin = reweight, remargin
         x, y = as_tensors(held_out)
         require(len(x) > 0, "held_out", "at least one example", 0)
+        _checks.images(x, lower=threat_model.lower, upper=threat_model.upper)
         _checks.labels(y, examples=len(x))
         self.held_out = (x, y)
         self.balance = ReMargin(classes=int(y.max()) + 1) if balance is None else balance

@@ -9,7 +9,7 @@ from metarobust._checks import finite, message
 from metarobust._processes import summed
 from metarobust.meta_weighters._hypergradient import BranchLosses, MetaLoss
 from metarobust.meta_weighters._hypergradient import hypergradient as differentiate
-from metarobust.meta_weighters._network import Weighting, WeightingNetwork
+from metarobust.meta_weighters._network import Weighting, WeightingNetwork, check_network
 from metarobust.meta_weighters._virtual_update import VirtualUpdate
 from metarobust.types import Parameters
 
@@ -89,6 +89,7 @@ def meta_weighted_step(
     """
     if clip_norm is not None:
         finite("clip_norm", clip_norm, above=0.0)
+    check_network(network)
     weighting = network(characteristics)
     if (bound is None) != (weighting.bound is None):
         expected = "given for a network with bound_range, and for no other"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobust._checks import choice, finite, integer, message, require
+from metarobust._checks import choice, finite, integer, message, require, sequence
 from metarobust._tensors import seeded
 from metarobust.meta_weighters._characteristics import CHARACTERISTICS
 from metarobust.meta_weighters._joint import joint_mean
@@ -84,6 +84,7 @@ class WeightingNetwork(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        sequence("branches", branches, "('adversary', 'anti_adversary')")
         for branch in branches:
             choice("branches", branch, BRANCHES)
         self.branches = tuple(branch for branch in BRANCHES if branch in branches)
@@ -175,6 +176,12 @@ class WeightingNetwork(nn.Module):
             remedy = "write training_characteristics(logits, y, statistics)"
             raise ValueError(message("characteristics", f"a tensor [batch, {inputs}]", got, remedy))
         return characteristics
+
+
+def check_network(network: object) -> None:
+    """Check that ``network`` is a `WeightingNetwork`."""
+    if not isinstance(network, WeightingNetwork):
+        raise TypeError(message("network", "a WeightingNetwork", type(network).__name__, "write WeightingNetwork(inputs=6)"))
 
 
 def _logit(for_it: float, against: float) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metarobust._checks import finite, integer, message, require
 from metarobust._tensors import normal, per_example
-from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
+from metarobust.attacks._common import buffers_kept, check_step_size, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.losses import cross_entropy, kl_divergence
 from metarobust.threat_models import ThreatModel
@@ -80,8 +80,8 @@ def signed_pgd(
     require(valid, "signs", f"a tensor [{len(y)}] of +1 (adversary), 0 (stay) and -1 (anti-adversary)", signs)
     integer("steps", steps, least=1)
     finite("start_std", start_std, least=0.0)
+    check_step_size(step_size, threat_model)
     if step_size is not None:
-        finite("step_size", step_size, above=0.0)
         finite("epsilon of the threat model (a step size is its share)", threat_model.epsilon, above=0.0)
     radii = x.new_full(y.shape, threat_model.epsilon)
     if epsilon is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from metarobust._checks import message, require
+from metarobust._checks import floating, message, require
 
 
 class Normalize(nn.Module):
@@ -38,6 +38,8 @@ class Normalize(nn.Module):
         return values.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 2))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():  # whose mean and std would be cut down to integers
+            floating("x", x)
         # Broadcasting would turn one channel into three without a word.
         channels = len(self.mean)
         if channels > 1 and (x.dim() < 2 or x.shape[1] != channels):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarobust._checks import integer, require
+from metarobust._checks import integer, require, sequence
 
 
 class ResidualBlock(nn.Module):
@@ -59,10 +59,11 @@ def residual_network(
         >>> residual_network([8, 16])(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
+    sequence("channels", channels, "[16, 32, 64]")
     require(len(channels) >= 1, "channels", "at least the width of the first convolution", list(channels))
     integer("groups", groups, least=1)
     for width in channels:
-        integer("channels", width, least=1)
+        integer("each of channels", width, least=1)
         require(width % groups == 0, "channels", f"multiples of groups (={groups})", list(channels))
     integer("image_channels", image_channels, least=1)
     integer("classes", classes, least=1)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from metarobust._checks import integer, require
+from metarobust._checks import integer, require, sequence
 
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
@@ -18,9 +18,10 @@ def mlp(sizes: Sequence[int]) -> nn.Sequential:
         >>> mlp([64, 128, 10])(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
+    sequence("sizes", sizes, "[64, 128, 10]")
     require(len(sizes) >= 2, "sizes", "at least an input and an output width", list(sizes))
     for size in sizes:
-        integer("sizes", size, least=1)
+        integer("each of sizes", size, least=1)
     layers: list[nn.Module] = [nn.Flatten()]
     for position, (inputs, outputs) in enumerate(pairwise(sizes)):
         if position:
@@ -42,7 +43,12 @@ def cnn(channels: Sequence[int], *, image_size: int = 8, image_channels: int = 1
         >>> cnn([8, 16])(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
+    sequence("channels", channels, "[8, 16]")
     require(len(channels) >= 1, "channels", "at least one convolution", list(channels))
+    for width in channels:
+        integer("each of channels", width, least=1)
+    for name, value in (("image_size", image_size), ("image_channels", image_channels), ("classes", classes)):
+        integer(name, value, least=1)
     layers: list[nn.Module] = []
     size, inputs = image_size, image_channels
     for position, outputs in enumerate(channels):

@@ -22,6 +22,7 @@ class StackedLinear(nn.Module):
         self.bias = _stacked([layer.bias for layer in layers]) if layers[0].bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
+        check_rows(x, self.copies)
         rows = x.reshape(self.copies, x.shape[:-1].numel() // self.copies, x.shape[-1])
         weight = self.weight.mT
         out = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, weight)
@@ -48,6 +49,7 @@ class StackedConv2d(nn.Module):
         self.groups = first.groups * self.copies
 
     def _side_by_side(self, x: Tensor) -> Tensor:
+        check_rows(x, self.copies)
         return rearrange(x, "(copies batch) c h w -> batch (copies c) h w", copies=self.copies)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +93,14 @@ class StackedAffine(nn.Module):
         return () if self.trailing else (1,) * (rows.dim() - 2 - (self.weight.dim() - 1))
 
 
+def check_rows(x: Tensor, copies: int) -> None:
+    """Check that the rows can be shared out among the copies."""
+    got = f"{len(x)} rows"
+    require(
+        len(x) % copies == 0, "x", f"as many rows for each of the {copies} stacked copies", got, f"write x.repeat({copies}, ...)"
+    )
+
+
 def convolution_weight_gradient(inputs: Tensor, output_gradients: Tensor, weight: Tensor, layer: nn.Module) -> Tensor:
     """Weight gradient of a convolution from its two factors alone, without running the convolution again."""
     spatial = weight.dim() - 2
@@ -131,6 +141,8 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
         >>> torch.allclose(stack(models)(x), one_by_one, atol=1e-6)
         True
     """
+    if isinstance(modules, nn.Module):
+        raise TypeError(message("modules", "a list of modules", type(modules).__name__, "write stack([model, other_model])"))
     require(len(modules) > 0, "modules", "at least one module", "none")
     names = [name for name, _ in modules[0].named_parameters(remove_duplicate=False)]
     distinct = len(names) == len(list(modules[0].parameters()))

@@ -51,4 +51,8 @@ def check_robust_loss(loss: Any) -> None:
 
 def attacked(attack: Attack, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
     """The attack's point, a constant for the gradient in the parameters even if the attack keeps its graph."""
-    return attack(model, x, y, generator=generator).detach()
+    moved = attack(model, x, y, generator=generator)
+    if not isinstance(moved, Tensor) or moved.shape != x.shape:
+        got = f"shape {list(moved.shape)}" if isinstance(moved, Tensor) else type(moved).__name__
+        raise ValueError(message("attack", f"a function that returns the moved x, {list(x.shape)}", got))
+    return moved.detach()

@@ -8,7 +8,7 @@ from torch import Tensor
 from metarobust._checks import finite, integer, message
 from metarobust._tensors import normal
 from metarobust.attacks import PGD
-from metarobust.attacks._common import buffers_kept, checked, checked_logits
+from metarobust.attacks._common import buffers_kept, check_step_size, checked, checked_logits
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._gradient import _ascend
 from metarobust.losses import cross_entropy, kl_divergence
@@ -75,6 +75,8 @@ class TRADES:
         integer("steps", self.steps, least=1)
         if self.step_size is not None:
             finite("step_size", self.step_size, above=0.0)
+        if self.threat_model is not None:
+            check_step_size(self.step_size, self.threat_model)
         finite("start_std", self.start_std, above=0.0)
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

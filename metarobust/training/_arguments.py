@@ -51,7 +51,7 @@ def check_data(name: str, data: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
             raise TypeError(message("x", expected, x.dtype, remedy))
         _checks.labels(y, examples=len(x))
         with torch.no_grad():  # a model in evaluation mode: one row is enough for BatchNorm, and dropout draws nothing
-            logits = _checks.logits(model(x[:1].to(device)), examples=1)
+            logits = _checks.logits(_checks.called(model, x[:1].to(device)), examples=1)
         _checks.labels(y, examples=len(x), classes=logits.shape[1])
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error

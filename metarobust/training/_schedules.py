@@ -49,4 +49,5 @@ def cosine(progress: float) -> float:
         >>> round(cosine(0.0), 3), round(cosine(0.5), 3)
         (1.0, 0.5)
     """
+    finite("progress", progress)
     return 0.5 * (1 + math.cos(math.pi * progress))
