@@ -4,6 +4,9 @@
 
 Claim: with manual optimisation, Lightning needs three lines of this library, `torch_optimizer`, `record_factors` and
 `recorder.backward`. The trained network is more robust than Adam's on the same images; the trainer is the same for both.
+
+What came out (seed 0 alone, 400 steps on 1,100 digits, first 300 test digits, standard protocol; one thread of a busy 2-core
+Intel Xeon, about 40 seconds of CPU time): meta-optimizer clean 0.930, robust 0.700; Adam clean 0.967, robust 0.447.
 """
 
 import argparse

@@ -53,7 +53,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = (
     Architecture("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, set()),
-    Architecture("mobilenetv3_small_050", {"channel_multiplier": 0.25}, {"BatchNormAct2d"}),
+    Architecture("mobilenetv3_small_050", {}, {"BatchNormAct2d"}),
     Architecture("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, {"LayerNorm2d", "ConvNeXtBlock"}),
     Architecture(
         "vit_tiny_patch16_224",
@@ -92,7 +92,8 @@ def test_networks_of_timm_go_in_as_they_are(row: Architecture) -> None:
         assert second.isfinite().all()
         if gradient.any() and not second.any():  # both vanish in residual branches that begin at zero
             without.add(type(layers[name.rpartition(".")[0]]).__name__)
-    assert without == row.left_alone
+    own = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("timm.")}  # differs between its versions
+    assert without == row.left_alone & own
     optimizer = rule.torch_optimizer(model.parameters(), total_steps=5, threat_model=ThreatModel(epsilon=0.1))
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.record_factors(model) as recorder:
