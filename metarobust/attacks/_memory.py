@@ -34,11 +34,11 @@ def _saved_bytes(model: Model, x: Tensor) -> int:
     """Bytes that a forward pass keeps for its backward pass."""
     kept: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # Nothing is kept: a saved output that came back here would hold its own graph, for ever, and no backward pass follows.
         kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         called(model, x.detach().requires_grad_())
     return sum(kept.values())
 

@@ -194,7 +194,7 @@ ROWS = [
         lambda: load_npz(npz(x=np.zeros((2, 8, 8)), y=np.zeros(2))),
         KeyError,
         (
-            "\"the arrays must be named 'images' and 'labels', got ['x', 'y'] in .../some.npz; write "
+            "the arrays must be named 'images' and 'labels', got ['x', 'y'] in .../some.npz; write "
             'it with numpy.savez(path, images=images, labels=labels)"'
         ),
     ),

@@ -69,7 +69,7 @@ WITHOUT_A_ROW = {
     "types.Streams": RESULT,
     "types.Task": PROTOCOL,
 }
-LIBRARY_INTERNALS = re.compile(r"\b(aten|mat1|NoneType|unhashable|__init__|not subscriptable|has no attribute)\b")
+LIBRARY_INTERNALS = re.compile(r"\b(aten|mat1|unhashable|__init__|not subscriptable|has no attribute)\b")
 CAUSE = re.compile(r"\(.*\)")
 
 
