@@ -719,10 +719,7 @@ ROWS = [
         "a folder below a file",
         lambda: train().save(__file__ + "/run"),
         FileNotFoundError,
-        (
-            "folder must be inside an existing folder, got tests/faults/bad_inputs_training.py/run; make "
-            "tests/faults/bad_inputs_training.py first"
-        ),
+        ("folder must be inside an existing folder, got ...bad_inputs_training.py/run; make ...bad_inputs_training.py first"),
     ),
     # objectives
     BadInput(
