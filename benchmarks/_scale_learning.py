@@ -150,13 +150,13 @@ def series() -> list[Series]:
     made = []
     for name, (_, steps, fixed) in ATTACKS.items():
         told = f"{fixed} {'queries' if name == 'Square' else 'steps'}"
-        for axis, sizes, theory, note in (
-            ("points", (16, 64, 256, 1024), 1, f"{told}, 269,322 parameters"),
-            ("parameters", WIDTHS, 1, f"{told}, 32 points"),
-            ("steps", steps, 0, "32 points, 269,322 parameters"),
+        for axis, sizes, note in (
+            ("points", (16, 64, 256, 1024), f"{told}, 269,322 parameters"),
+            ("parameters", WIDTHS, f"{told}, 32 points"),
+            ("steps", steps, "32 points, 269,322 parameters"),
         ):
             prepare = partial(attacked, name, axis)
-            memory = None if axis == "steps" else float(theory)
+            memory = 1.0 if axis == "points" else None
             made.append(Series(part=name, axis=axis, sizes=sizes, prepare=prepare, time=1, memory=memory, note=note))
     for recompute in (False, True):
         part = "Unrolled, checkpointed" if recompute else "Unrolled"

@@ -37,8 +37,8 @@ class Series:
         axis: what grows.
         sizes: what ``prepare`` is called with, ascending; the first also warms up the others.
         prepare: sets up one size.
-        time: exponent that theory gives the time.
-        memory: exponent that theory gives the memory; None where none is to be expected.
+        time: exponent that theory gives the time; None where it gives none.
+        memory: the same of the memory.
         note: what is held fixed.
         processes: processes that share the work over gloo.
         mnist: whether it needs MNIST.
@@ -48,7 +48,7 @@ class Series:
     axis: str
     sizes: tuple[int, ...]
     prepare: Callable[[int], Prepared]
-    time: float
+    time: float | None
     memory: float | None
     note: str
     processes: int = 1

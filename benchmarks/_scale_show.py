@@ -96,8 +96,8 @@ def table(lines: Sequence[Line]) -> list[str]:
             f"{mebibytes[0]:.1f} to {mebibytes[1]:.1f}",
             *_exponent(one.memory_exponent, repeated=False),
         ]
-        cells.insert(4, f"{series.time:g}")
-        cells.insert(8, "-" if series.memory is None else f"{series.memory:g}")
+        cells.insert(4, _theory(series.time))
+        cells.insert(8, _theory(series.memory))
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -108,6 +108,10 @@ def _exponent(one: Exponent | None, *, repeated: bool) -> tuple[str, str]:
     error = "" if math.isinf(one.error) else f" ± {one.error:.2f}"
     spread = f" ({one.lowest:.2f} to {one.highest:.2f})" if repeated else ""
     return f"{one.slope:.2f}{error}{spread}", f"{one.last:.2f}"
+
+
+def _theory(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _size(value: float) -> str:

@@ -30,8 +30,8 @@ class Bar(NamedTuple):
 def _bar(
     what: str, against: str, found: dict[str, float], limit: float, measurement: str, *, most: bool = True, scale: float = 1.0
 ) -> Bar:
-    figures = (scale * found[key] for key in ("median", "lowest", "highest"))
-    return Bar(what, against, *figures, limit, most, measurement)
+    median, lowest, highest = (scale * found[key] for key in ("median", "lowest", "highest"))
+    return Bar(what, against, median, lowest, highest, limit, most, measurement)
 
 
 def _once(value: float) -> dict[str, float]:
