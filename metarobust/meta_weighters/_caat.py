@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from metarobust import _checks
 from metarobust._checks import choice, finite, integer, message, require
 from metarobust._processes import like_rank_0
-from metarobust._tensors import digest
 from metarobust.attacks._common import buffers_kept
 from metarobust.data import LabelledImages
-from metarobust.evaluation._inputs import as_tensors
+from metarobust.evaluation._inputs import as_tensors, digest
 from metarobust.meta_weighters._batch_step import meta_step_on_batch
 from metarobust.meta_weighters._branches import Branches, Call, Points, evaluation_mode, rows_independent
 from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassStatistics, training_characteristics

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from metarobust import _checks
 from metarobust._checks import finite, integer, message, require
-from metarobust._tensors import digest
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages
-from metarobust.evaluation._inputs import as_tensors
+from metarobust.evaluation._inputs import as_tensors, digest
 from metarobust.losses import cross_entropy, kl_divergence
 from metarobust.meta_weighters._branches import evaluation_mode
 from metarobust.meta_weighters._signed_pgd import signed_pgd
