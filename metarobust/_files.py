@@ -10,6 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from metarobust._checks import message, require
+
+
+def check_writable(path: Path, suggestion: str) -> None:
+    """Raise a sentence, before any work, if no checkpoint can stand at ``path``; ``suggestion`` is a file name."""
+    if not path.parent.is_dir():
+        remedy = f"make the folder {path.parent} first"
+        raise FileNotFoundError(message("checkpoint", "a file in an existing folder", path, remedy))
+    require(not path.is_dir(), "checkpoint", "a file", f"the folder {path}", f"write {path / suggestion}")
+
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Call ``write`` with a temporary path in the same folder, flush it to disk, then rename it to ``path``.

@@ -459,7 +459,7 @@ def test_json_is_plain_data_without_tensors() -> None:
     loaded = json.loads(report.to_json())
     names = {f.name for f in dataclasses.fields(report) if not isinstance(getattr(report, f.name), Tensor)}
     assert set(loaded) == names | {"clean_by_class", "robust_by_class", "errors"}
-    assert loaded["robust_by_class"] == {"average": 0.5, "worst": 0.5, "worst_class": 0, "spread": 0.0}
+    assert loaded["robust_by_class"] == {"class_mean": 0.5, "worst": 0.5, "worst_class": 0, "spread": 0.0}
     assert loaded["settings"]["seed"] == 0
     assert loaded["attacked"] == {"pgd": 2}
     assert " at 0x" not in report.to_json()

@@ -121,7 +121,7 @@ def test_errors_agree_with_the_accuracies_of_an_evaluation(labels: list[int], hi
     assert errors.natural.per_class == pytest.approx([1 - a for a in report.per_class_clean], nan_ok=True)
     assert errors.robust.per_class == pytest.approx([1 - a for a in report.per_class_robust], nan_ok=True)
     for error, accuracy in ((errors.natural, report.clean_by_class), (errors.robust, report.robust_by_class)):
-        assert error.class_mean == pytest.approx(1 - accuracy.average)
+        assert error.class_mean == pytest.approx(1 - accuracy.class_mean)
         assert error.worst == pytest.approx(1 - accuracy.worst)
         assert error.worst_class == accuracy.worst_class
         assert error.spread == pytest.approx(accuracy.spread, abs=1e-12)

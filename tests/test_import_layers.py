@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 350
 
 LAYERS = [
-    ("types", "_checks", "_files", "_progress", "_processes"),
+    ("types", "_checks", "_progress", "_processes"),
     ("threat_models", "losses", "divergences", "models", "data"),
     ("attacks", "dro", "bounds"),
     ("objectives", "meta_optimizers", "evaluation"),
@@ -18,8 +18,9 @@ LAYERS = [
     ("command_line",),
 ]
 LAYER_OF: dict[str, float] = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
-LAYER_OF["_tensor_files"] = 0.5  # made of _files
+LAYER_OF["_files"] = 0.5  # tells in the sentences of _checks where no file can stand
 LAYER_OF["_tensors"] = 0.5  # checks the generators that it draws from
+LAYER_OF["_tensor_files"] = 0.75  # made of both
 LAYER_OF["meta_weighters"] = 3.5  # weighs what objectives charge
 LAYER_OF["transport_costs"] = 1.5  # made of threat models, and attacks are made with it
 LATE = {"torchvision", "learn2learn", "ot", "matplotlib", "sklearn", "tyro"}

@@ -56,9 +56,10 @@ PUBLIC_NAMES = {
         "with_label_noise",
     ],
     "metarobust.divergences": ["KL", "Alpha", "Divergence", "Renyi", "Tilt"],
-    "metarobust.dro": ["WorstCase", "gather_examples", "processes", "worst_case_expectation"],
+    "metarobust.dro": ["WorstCase", "gather_examples", "worst_case_expectation"],
     "metarobust.evaluation": [
         "ClassErrors",
+        "ClassSummary",
         "DistanceToBound",
         "Doubt",
         "ErrorSummary",
@@ -83,6 +84,7 @@ PUBLIC_NAMES = {
         "targeted_margin",
     ],
     "metarobust.meta_optimizers": [
+        "GRADIENT_SOURCES",
         "ROLES",
         "TRAINED",
         "AttackTask",
@@ -96,7 +98,6 @@ PUBLIC_NAMES = {
         "LSTMOptimizer",
         "LSTMState",
         "LearnedOptimizer",
-        "MetaSearchSettings",
         "MetaTraining",
         "MetaTrainingSettings",
         "TaskDistribution",

@@ -179,7 +179,7 @@ def _bounds(
     found = []
     for epsilon in epsilons:
         graph = conflicts(points, pairs, norm, epsilon, closed=closed)
-        some, every = (len(pairs.within(2 * replace(graph, closed=c).radius).first) for c in (False, True))
+        some, every = (pairs.count_within(2 * replace(graph, closed=c).radius) for c in (False, True))
         if len(found) == len(proofs):
             proofs.append(prove(graph, method, order, most_sets))
             if checkpoint is not None:

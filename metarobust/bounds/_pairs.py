@@ -34,6 +34,10 @@ class Pairs(NamedTuple):
         near = self.distance <= radius
         return Pairs(self.first[near], self.second[near], self.distance[near], self.error)
 
+    def count_within(self, radius: float) -> int:
+        """How many pairs are at most ``radius`` apart."""
+        return int(np.count_nonzero(self.distance <= radius))
+
     def sorted(self) -> "Pairs":
         """By first point, then by second."""
         order = np.lexsort((self.second, self.first))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metarobust import __version__, _checks
 from metarobust._checks import choice, explained_memory, images, integer, labels, message, require
+from metarobust._files import check_writable
 from metarobust._progress import progress_bar
 from metarobust.attacks import Square
 from metarobust.data import LabelledImages
@@ -22,7 +23,7 @@ from metarobust.evaluation._reliability import Doubt, spread_rows
 from metarobust.evaluation._reliability_model import model_doubts
 from metarobust.evaluation._reliability_results import epsilon_curve, result_doubts, step_losses
 from metarobust.evaluation._report import RobustnessReport, wilson_interval
-from metarobust.evaluation._resume import Checkpoint, check_writable, fingerprint, without_addresses
+from metarobust.evaluation._resume import Checkpoint, fingerprint, without_addresses
 from metarobust.evaluation._run import EvaluationRun, per_class
 from metarobust.evaluation._state import BROKEN, UNKNOWN, EvaluationState
 from metarobust.threat_models import ThreatModel
@@ -105,7 +106,7 @@ def evaluate(
     require(not taken, "attacks", f"named otherwise than 'clean' and {CHECKS!r}", taken)
     choice("protocol", protocol, PROTOCOLS)
     if checkpoint is not None:
-        check_writable(Path(checkpoint))
+        check_writable(Path(checkpoint), "evaluation.safetensors")
     x, y = as_tensors(data)
     images(x, lower=threat_model.lower, upper=threat_model.upper)
     labels(y, examples=len(x))

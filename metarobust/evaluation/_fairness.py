@@ -10,9 +10,16 @@ from metarobust._checks import message, require
 
 
 class ClassSummary(NamedTuple):
-    """Accuracy over the classes that have examples: mean, minimum and where, population standard deviation."""
+    """Accuracy over the classes that have examples.
 
-    average: float
+    Attributes:
+        class_mean: over the classes, whatever their size.
+        worst: the smallest accuracy of a class.
+        worst_class: the first class with it; -1 where no class has examples.
+        spread: population standard deviation over the classes.
+    """
+
+    class_mean: float
     worst: float
     worst_class: int
     spread: float
@@ -99,7 +106,7 @@ def class_summary(per_class: tuple[float, ...]) -> ClassSummary:
 
     Example:
         >>> class_summary((0.5, float("nan"), 1.0))
-        ClassSummary(average=0.75, worst=0.5, worst_class=0, spread=0.25)
+        ClassSummary(class_mean=0.75, worst=0.5, worst_class=0, spread=0.25)
     """
     known = {label: accuracy for label, accuracy in enumerate(per_class) if not math.isnan(accuracy)}
     average, spread = _moments(list(known.values()))

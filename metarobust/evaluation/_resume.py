@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metarobust import __version__
-from metarobust._checks import message, require
+from metarobust._checks import require
 from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust._tensors import digest
 from metarobust.evaluation._state import BROKEN, EvaluationState
@@ -155,12 +155,3 @@ def _fits(tensors: dict[str, Tensor], state: EvaluationState) -> bool:
 
 def _are_seconds(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, (int, float)) for each in value.values())
-
-
-def check_writable(path: Path) -> None:
-    """Raise a sentence, before any work, if no file can stand at ``path``."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            message("checkpoint", "a file in an existing folder", path, f"make the folder {path.parent} first")
-        )
-    require(not path.is_dir(), "checkpoint", "a file", f"the folder {path}", f"write {path / 'evaluation.safetensors'}")

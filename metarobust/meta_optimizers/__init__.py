@@ -4,6 +4,7 @@ from metarobust.meta_optimizers._attack_task import AttackTask
 from metarobust.meta_optimizers._calibration import Calibration, calibrate, train_optimizees
 from metarobust.meta_optimizers._distribution import TaskDistribution
 from metarobust.meta_optimizers._factor_gradients import (
+    GRADIENT_SOURCES,
     FactorGradients,
     FactorRecorder,
     factor_gradients,
@@ -13,13 +14,14 @@ from metarobust.meta_optimizers._interpretable import InterpretableOptimizer, In
 from metarobust.meta_optimizers._layout import ROLES
 from metarobust.meta_optimizers._lstm import LSTMOptimizer, LSTMState
 from metarobust.meta_optimizers._meta_training import MetaTraining, MetaTrainingSettings, meta_train
-from metarobust.meta_optimizers._search import Generation, MetaSearchSettings, meta_search
+from metarobust.meta_optimizers._search import Generation, meta_search
 from metarobust.meta_optimizers._storage import TRAINED, load, save
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.meta_optimizers._torch_optimizer import LearnedOptimizer
 from metarobust.meta_optimizers._transformation import combine_factors, gradients_only
 
 __all__ = [
+    "GRADIENT_SOURCES",
     "ROLES",
     "TRAINED",
     "AttackTask",
@@ -33,7 +35,6 @@ __all__ = [
     "LSTMOptimizer",
     "LSTMState",
     "LearnedOptimizer",
-    "MetaSearchSettings",
     "MetaTraining",
     "MetaTrainingSettings",
     "TaskDistribution",

@@ -13,6 +13,7 @@ from torchopt.base import GradientTransformation
 
 from metarobust import __version__
 from metarobust._checks import choice, finite, integer, message, require
+from metarobust._files import check_writable
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
@@ -204,8 +205,8 @@ def meta_train(
     check_meta_optimizer(meta_optimizer)
     if not callable(sample_task):
         raise TypeError(message("sample_task", "a function that returns a task", type(sample_task).__name__, DRAWN))
-    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-        raise FileNotFoundError(f"no folder at {Path(checkpoint).parent} for the checkpoint; make it first")
+    if checkpoint is not None:
+        check_writable(Path(checkpoint), "meta_training.safetensors")
     meta_optimizer.requires_grad_(True)  # `load` gives a frozen one
     run = MetaTrainingRun(meta_optimizer, sample_task, settings)
     path = None if checkpoint is None else Path(f"{checkpoint}.rank{rank()}" if rank() else checkpoint)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metarobust import __version__
 from metarobust._checks import choice, finite, integer, message, pair, require
+from metarobust._files import check_writable
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust._tensor_files import read_tensors, write_tensors
@@ -134,6 +135,8 @@ def meta_search(
     )
     if not isinstance(meta_optimizer, InterpretableOptimizer):
         raise TypeError(message("meta_optimizer", "an InterpretableOptimizer", type(meta_optimizer).__name__))
+    if checkpoint is not None:
+        check_writable(Path(checkpoint), "meta_search.safetensors")
     available = meta_optimizer.knobs()
     spreads = {name: spread for name, (spread, _) in available.items()} if knobs is None else dict(knobs)
     for name, spread in spreads.items():

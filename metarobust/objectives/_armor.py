@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import finite, integer, message, require
+from metarobust._processes import processes
 from metarobust.attacks import TransportAscent, TransportSearch
 from metarobust.attacks._common import buffers_kept
 from metarobust.divergences import Divergence
-from metarobust.dro import WorstCase, gather_examples, processes, worst_case_expectation
+from metarobust.dro import WorstCase, gather_examples, worst_case_expectation
 from metarobust.losses import cross_entropy
 from metarobust.objectives._common import PairLoss, check_robust_loss
 from metarobust.objectives._udr import UDR
@@ -182,8 +183,8 @@ class ARMOR:
         robust = torch.ones_like(y, dtype=torch.bool)
         if self.robust_classes is not None:
             robust = torch.isin(y, torch.tensor(self.robust_classes, device=y.device))
-        rows = robust.nonzero().squeeze(1)
         everything = self.robust_classes is None
+        rows = self._rows(robust)
         natural_needed = self.natural_weight > 0 or not everything
         x_robust, y_robust = (x, y) if everything else (x[rows], y[rows])
 
@@ -195,7 +196,8 @@ class ARMOR:
                 raise TypeError(message("robust_loss", "one that returns a loss per example", type(charged).__name__))
             remedy = "write AdversarialTraining(attack=...) round an attack"
             alike = charged.shape == y_robust.shape
-            require(alike, "robust_loss", f"one that returns {list(y_robust.shape)}", list(charged.shape), remedy)
+            told = f"one that returns a loss per example, {list(y_robust.shape)}"
+            require(alike, "robust_loss", told, f"shape {list(charged.shape)}", remedy)
             natural = charged.new_zeros(len(y))
             if natural_needed:
                 logits = model(x)
@@ -253,6 +255,12 @@ class ARMOR:
         climb = replace(ascent, loss=charged, rescalings=max(3, ascent.steps // 2))
         return climb.search(model, x, y, generator=generator, rescale=rescale)
 
+    def _rows(self, robust: Tensor) -> Tensor:
+        """Indices of the robust examples; a mask is not asked where all are, because an answer waits for the device."""
+        if self.robust_classes is None:
+            return torch.arange(len(robust), device=robust.device)
+        return robust.nonzero().squeeze(1)
+
     def _solve(self, losses: Tensor, costs: Tensor | None, here: Tensor, rows: Tensor) -> WorstCase:
         """The dual of the joint batch; ``here`` are losses of this process, in these rows of its batch, to name a bad one."""
         try:
@@ -268,15 +276,15 @@ class ARMOR:
         self, charged: Tensor, unmoved: Tensor | None, costs: Tensor, natural: Tensor, robust: Tensor, natural_needed: bool
     ) -> ARMORLoss:
         """The loss of the joint batch: natural mean, worst case of the robust examples, natural mean of the others."""
-        rows = robust.nonzero().squeeze(1)
+        rows = self._rows(robust)
         expected = f"one that returns a loss per example, [{len(rows)}]"
         require(charged.shape == rows.shape, "robust_loss", expected, f"shape {list(charged.shape)}")
         unmoved_here = torch.zeros_like(charged) if unmoved is None else unmoved
         here = torch.stack([charged.double(), unmoved_here.double(), costs], 1)  # in half precision weights would not sum to 1
         table = here.new_zeros(len(robust), 3).index_copy(0, rows, here)
         joint = gather_examples(torch.cat([table, natural[:, None].double(), robust[:, None].double()], 1))
-        chosen = joint[joint[:, 4] > 0]
-        others = joint[joint[:, 4] == 0]
+        everything = self.robust_classes is None
+        chosen, others = (joint, joint[:0]) if everything else (joint[joint[:, 4] > 0], joint[joint[:, 4] == 0])
         worst, value = None, joint[:, 3].sum() * 0
         if len(chosen):
             columns = chosen[:, :1] if unmoved is None else chosen[:, :2].flip(1)

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,11 +135,3 @@ def check_precision(amp: Any, device: torch.device) -> str | None:
     if amp == "float16" and device.type != "cuda":
         raise ValueError(message("amp", "'bfloat16' or False on this device", f"'float16' on {device}", "write amp='bfloat16'"))
     return amp
-
-
-def check_writable(path: Path) -> None:
-    """Raise a sentence, before any work, if no file can stand at ``path``."""
-    if not path.parent.is_dir():
-        remedy = f"make the folder {path.parent} first"
-        raise FileNotFoundError(message("checkpoint", "a file in an existing folder", path, remedy))
-    require(not path.is_dir(), "checkpoint", "a file", f"the folder {path}", f"write {path / 'training.safetensors'}")

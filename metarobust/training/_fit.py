@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
+from metarobust._files import check_writable
 from metarobust._progress import progress_bar
 from metarobust.data import LabelledImages
 from metarobust.meta_weighters._branches import evaluation_mode
@@ -21,7 +22,6 @@ from metarobust.training._arguments import (
     check_schedule,
     check_second_stream,
     check_takes_generator,
-    check_writable,
 )
 from metarobust.training._checkpoint import Checkpoint, difference, fingerprint
 from metarobust.training._distributed import Processes
@@ -202,7 +202,7 @@ def fit(
     if checkpoint is not None or plan.processes.count > 1:
         settings = fingerprint(plan, factors)
         if checkpoint is not None:
-            check_writable(Path(checkpoint))
+            check_writable(Path(checkpoint), "training.safetensors")
             file = Checkpoint(Path(checkpoint), settings, checkpoint_seconds, writes=plan.processes.rank == 0)
             file.load(run)
         _require_agreement(plan.processes, settings | {"finished epochs": len(run.history), "finished steps": run.step})

@@ -121,8 +121,8 @@ ROWS = [
     (
         EVALUATE.replace("net.safetensors", "cut.safetensors"),
         (
-            "--weights must be a whole file of weights, got cut.safetensors (Error while deserializing header: "
-            "invalid header length)"
+            "--weights cut.safetensors must be a safetensors file, got one that cannot be read, damaged or of another kind "
+            "(Error while deserializing header: invalid header length); save it again"
         ),
     ),
     (

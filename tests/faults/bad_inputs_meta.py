@@ -28,7 +28,6 @@ from metarobust.meta_optimizers import (
     InterpretableOptimizer,
     LearnedOptimizer,
     LSTMOptimizer,
-    MetaSearchSettings,
     MetaTrainingSettings,
     TaskDistribution,
     calibrate,
@@ -345,8 +344,8 @@ ROWS = [
         lambda: load(text_file()),
         ValueError,
         (
-            ".../rule.safetensors must be a safetensors file, got one that cannot be read (Error "
-            "while deserializing header: header too large); it is damaged or of another kind, save it again"
+            ".../rule.safetensors must be a safetensors file, got one that cannot be read, damaged or "
+            "of another kind (Error while deserializing header: header too large); save it again"
         ),
     ),
     BadInput(
@@ -611,11 +610,9 @@ ROWS = [
         "tasks_per_step must be at most slots (=1), got 3",
     ),
     BadInput(
-        "meta_optimizers.MetaSearchSettings",
+        "meta_optimizers.meta_search",
         "more elite than population",
-        lambda: MetaSearchSettings(
-            generations=1, population=3, elite=5, total_steps=(1, 2), clean_weight=0.0, final_draws=0, seed=0
-        ),
+        lambda: searched(population=3, elite=5),
         ValueError,
         "elite must be below population (=3), got 5",
     ),
@@ -677,7 +674,7 @@ ROWS = [
         ValueError,
         (
             "sample_task must be tasks with source='gradient+perturbed_factors', like the rule, got "
-            "'gradient+adversarial_estimate'"
+            "'gradient+adversarial_estimate'; or give the rule gradient_source='gradient+adversarial_estimate'"
         ),
     ),
     BadInput(
@@ -685,7 +682,7 @@ ROWS = [
         "a checkpoint in no folder",
         lambda: meta_trained(checkpoint=Path(tempfile.gettempdir()) / "nowhere" / "run.safetensors"),
         FileNotFoundError,
-        "no folder at .../nowhere for the checkpoint; make it first",
+        "checkpoint must be a file in an existing folder, got .../nowhere/run.safetensors; make the folder .../nowhere first",
     ),
     BadInput(
         "meta_optimizers.meta_search",
