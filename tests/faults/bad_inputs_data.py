@@ -195,7 +195,7 @@ ROWS = [
         KeyError,
         (
             "the arrays must be named 'images' and 'labels', got ['x', 'y'] in .../some.npz; write "
-            'it with numpy.savez(path, images=images, labels=labels)"'
+            "it with numpy.savez(path, images=images, labels=labels)"
         ),
     ),
     BadInput(
