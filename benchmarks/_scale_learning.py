@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchopt
@@ -31,7 +31,7 @@ def perceptron(width: int, *, pixels: int = 784) -> nn.Sequential:
     """Two hidden layers of equal width. The first class leads by so much that no attack in the ball ends early."""
     model = mlp([pixels, width, width, 10])
     with torch.no_grad():
-        model[-1].bias[0] += 2
+        cast("nn.Linear", model[-1]).bias[0] += 2
     return model.eval()
 
 
@@ -72,7 +72,9 @@ def unrolled(recompute: bool, size: int) -> Prepared:
     length = torch.tensor(0.01, requires_grad=True)
 
     def run() -> None:
-        attack = Unrolled(threat_model=BALL, update_rule=torchopt.sgd(length), steps=size, activation_checkpointing=recompute)
+        attack = Unrolled(
+            threat_model=BALL, update_rule=torchopt.sgd(cast("Any", length)), steps=size, activation_checkpointing=recompute
+        )
         torch.autograd.grad(cross_entropy(model(attack(model, x, y)), y).mean(), length)
 
     return Prepared(run, size)
@@ -104,7 +106,7 @@ def weights_gradient(method: str, width: int) -> Prepared:
     model = perceptron(width)
     (x, y), (meta_x, meta_y) = batch(64), batch(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = {name: p for name, p in model.named_parameters()}
 
     def losses(parameters: Any) -> Tensor:
         return cross_entropy(torch.func.functional_call(model, parameters, (x,)), y)[:, None]

@@ -122,12 +122,21 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _short(value: float) -> str:
+    """1863690 as 1.9M."""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.2g}{name}" if value < 100 * unit else f"{value / unit:.0f}{name}"
+    return f"{value:g}"
+
+
 def draw(lines: Sequence[Line], path: Path) -> None:
     """Small multiples: seconds as full lines against the left axis, memory as dashed ones against the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
     known = found(lines)
     panels = [(title, [known[name] for name in names if name in known]) for title, names in PANELS]
@@ -158,7 +167,19 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         place.set_ylabel("CPU seconds (full)")
         right.set_ylabel("MiB (dotted)", color="grey")
         place.legend(fontsize=7, loc="upper left")
-        place.margins(y=0.3)
+        for axis in (place, right):  # room for the legend
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high * (high / low) ** 0.4)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        ticks: list[float] = []
+        for size in sorted({size for one in rows for size in one.sizes}):
+            if not ticks or size >= 1.8 * ticks[-1]:  # nearer ones would overlap
+                ticks.append(size)
+        place.xaxis.set_major_locator(FixedLocator(ticks))
+        place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        place.xaxis.set_minor_formatter(NullFormatter())
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
