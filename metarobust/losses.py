@@ -52,8 +52,12 @@ def _checked(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
         _check_logits("logits", logits)
         assert isinstance(logits, Tensor)
         for name, index in zip(("y", "target"), indices, strict=False):
-            right = isinstance(index, Tensor) and index.dtype == torch.int64
-            if not right or index.shape != logits.shape[:1] or index.device != logits.device:
+            if (
+                not isinstance(index, Tensor)
+                or index.dtype != torch.int64
+                or index.shape != logits.shape[:1]
+                or index.device != logits.device
+            ):
                 _refuse(name, index, logits)
         try:
             return loss(*args, **kwargs)
