@@ -163,9 +163,15 @@ def test_split_serves_a_long_tail():
     assert half.labels.bincount(minlength=3).tolist() == rest.labels.bincount(minlength=3).tolist() == [45, 5, 0]
 
 
-@pytest.mark.parametrize("sizes", [(50, 11), (-1, 5)])
-def test_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match=r"sizes must be >= 0 with a sum of at most 60.*write smaller sizes"):
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ((50, 11), r"sizes must be of a sum of at most 60.*write smaller sizes"),
+        ((-1, 5), r"each of sizes must be an integer >= 0, got -1"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, sentence):
+    with pytest.raises(ValueError, match=sentence):
         data.split(toy(), sizes, generator=seeded())
 
 

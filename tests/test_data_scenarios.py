@@ -531,7 +531,7 @@ def test_impossible_meta_sets_are_refused_in_one_sentence(counts, per_class, err
 # all of them ---------------------------------------------------------------------------------------------------------
 
 
-class OnGPU:
+class OnGPU(torch.Generator):
     """Stands in for a generator of a GPU, which a machine without one cannot make."""
 
     device = torch.device("cuda")
@@ -548,7 +548,9 @@ class OnGPU:
     ],
 )
 def test_a_generator_of_another_device_is_refused(call):
-    with pytest.raises(ValueError, match=r"^generator must be on the CPU, got cuda; write torch.Generator\(\)[^;]*$"):
+    with pytest.raises(
+        ValueError, match=r"^generator must be a torch.Generator on the CPU, got one on cuda; write torch.Generator\(\)[^;]*$"
+    ):
         call(OnGPU())
 
 

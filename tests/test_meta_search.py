@@ -235,7 +235,7 @@ def test_the_search_finds_a_learning_rate() -> None:
         ({"elite": 4}, r"elite must be below population \(=4\)"),
         ({"generations": 0}, "generations must be an integer >= 1"),
         ({"total_steps": (8, 4)}, r"total_steps must be a pair \(least, most\)"),
-        ({"knobs": {"momentum": 1.0}}, "knobs must be among learning rate"),
+        ({"knobs": {"momentum": 1.0}}, "knobs must be one of 'learning rate'"),
         ({"knobs": {"learning rate": 0.0}}, "learning rate must be a finite number > 0"),
         ({"clean_weight": -1.0}, "clean_weight must be a finite number >= 0"),
     ],

@@ -194,10 +194,6 @@ class ARMOR:
             charged = loss(model, x_robust, y_robust, generator=generator)
             if not isinstance(charged, Tensor):
                 raise TypeError(message("robust_loss", "one that returns a loss per example", type(charged).__name__))
-            remedy = "write AdversarialTraining(attack=...) round an attack"
-            alike = charged.shape == y_robust.shape
-            told = f"one that returns a loss per example, {list(y_robust.shape)}"
-            require(alike, "robust_loss", told, f"shape {list(charged.shape)}", remedy)
             natural = charged.new_zeros(len(y))
             if natural_needed:
                 logits = model(x)

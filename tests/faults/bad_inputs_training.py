@@ -952,10 +952,7 @@ ROWS = [
         "an attack as robust loss",
         lambda: armor(robust_loss=ATTACK)(network(), X, Y),
         ValueError,
-        (
-            "robust_loss must be one that returns a loss per example, [6], got shape [6, 4]; write "
-            "AdversarialTraining(attack=...) round an attack"
-        ),
+        "robust_loss must be one that returns a loss per example, [6], got shape [6, 4]",
     ),
     BadInput(
         "objectives.ARMOR",
