@@ -117,7 +117,7 @@ def six(measured: Measured) -> str:
                     rows.append(
                         (
                             told,
-                            f"{finding.verdict}: {finding.sentences[sentence][0].lower()}{finding.sentences[sentence][1:]}",
+                            f"{finding.verdict}. {finding.sentences[sentence]}",
                             claim.name,
                         )
                     )
