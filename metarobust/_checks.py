@@ -140,10 +140,8 @@ def called(model: Callable[[Tensor], Any], x: Tensor) -> Any:
     """
     try:
         return model(x)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if "not enough memory" in str(error) or "CUDA error" in str(error):
+        if is_out_of_memory(error) or "CUDA error" in str(error):
             raise
         first = next(model.parameters(), x) if isinstance(model, nn.Module) else x
         remedy = f"write x.to({first.dtype}), or model.to({x.dtype})" if first.dtype != x.dtype else "check the shape of x"
