@@ -721,7 +721,7 @@ def test_a_rule_of_ones_own(shell: Shell) -> None:
     ("flags", "sentence"),
     [
         ({"optimizer": "robust-big"}, "--optimizer: no meta-optimizer at robust-big; write .* a trained one: robust-small-v1"),
-        ({"optimizer": "nets.py"}, "--optimizer: nets.py must be a safetensors file, got one that cannot be read .*"),
+        ({"optimizer": "nets.py"}, "--optimizer: nets.py must be a safetensors file, got one that cannot be read, damaged .*"),
         ({"optimizer": "."}, "--optimizer must be a file or the name of a trained meta-optimizer, got the folder ."),
         ({"norm": "l1"}, "invalid choice 'l1' for argument '--norm'.*; run metarobust transfer --help"),
         ({"steps": 0}, "--steps must be an integer >= 1, got 0"),
