@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 MODEL = "a callable from inputs [batch, ...] to logits [batch, classes]"
-LONGEST = 300
+LONGEST = 600
 """Characters of what came, in a sentence; the start of a large object tells it as well as all of it."""
 
 
 def message(name: str, expected: str, got: Any, remedy: str = "") -> str:
     """One sentence on one line for a bad argument: ``<name> must be <expected>, got <got>; <remedy>``."""
     if "\n" in str(got) or len(str(got)) > LONGEST:
-        got = shorten(str(got), 120, placeholder=" ...")
+        got = shorten(str(got), 120 if "\n" in str(got) else LONGEST, placeholder=" ...")
     return f"{name} must be {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
