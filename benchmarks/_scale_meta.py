@@ -36,7 +36,7 @@ RULES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def stepped(rule: str, width: int) -> Prepared:
     """A step of an update rule; the first call makes its state, so memory holds state and temporaries."""
     model, (x, y) = perceptron(width), batch(8)
-    with record_factors(model, threat_model=BALL, source=SOURCE) as recorder:
+    with record_factors(model, threat_model=BALL, gradient_source=SOURCE) as recorder:
         recorder.backward(F.cross_entropy(model(x), y))
     optimizer = RULES[rule](model.parameters())
     count = parameters_of(model)
@@ -54,7 +54,7 @@ def streams(source: str, axis: str, size: int) -> Prepared:
     x, y = batch(size if axis == "batch" else 32)
 
     def run() -> None:
-        factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
+        factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=source)
 
     return Prepared(run, parameters_of(model) if axis == "parameters" else size)
 
@@ -63,13 +63,18 @@ def meta_run(
     *, copies: int = 4, unroll: int = 10, estimator: str = "second_order", tasks: int = 1, **more: Any
 ) -> MetaTrainingRun:
     """A run on perceptrons 64-16-10 (1,210 parameters a copy) on the digits, judged under PGD-5 every fifth step."""
-    digits, settings = load_digits(), {"loss_cap": 10.0, "late_weight": 1.0, "meta_loss_every": 5, "gradient_clip": 1.0}
+    digits, settings = load_digits(), {"loss_cap": 10.0, "late_weight": 1.0, "meta_loss_every": 5, "clip_norm": 1.0}
 
     def sample(generator: torch.Generator) -> ClassificationTask:
         subsets = torch.stack([torch.randperm(len(digits), generator=generator)[:100] for _ in range(copies)])
         attack = PGD(threat_model=BALL, steps=5)
         return ClassificationTask(
-            build=lambda: mlp([64, 16, 10]), dataset=digits, subsets=subsets, threat_model=BALL, source=SOURCE, meta_attack=attack
+            build=lambda: mlp([64, 16, 10]),
+            dataset=digits,
+            subsets=subsets,
+            threat_model=BALL,
+            gradient_source=SOURCE,
+            meta_attack=attack,
         )
 
     return MetaTrainingRun(

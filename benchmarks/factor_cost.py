@@ -50,13 +50,13 @@ def ways(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]
         return torch.autograd.grad(F.cross_entropy(model(moved), y), parameters)
 
     def streams(source: str) -> Any:
-        return factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
+        return factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=source)
 
     given: dict[Tensor, float] = dict.fromkeys(parameters, 1.25)
 
     def combined(source: str) -> None:
         model.zero_grad()
-        with record_factors(model, threat_model=BALL, source=source, coefficients=given) as recorder:
+        with record_factors(model, threat_model=BALL, gradient_source=source, coefficients=given) as recorder:
             recorder.backward(F.cross_entropy(model(x), y))
 
     scaled, estimate, tangent = (

@@ -132,7 +132,7 @@ def tangents(*, noise: bool = True, biases: bool = False) -> Rule:
 
     def fill_gradients(model: nn.Module, x: Tensor, y: Tensor, draw: torch.Generator) -> None:
         size = tangent.NOISE if noise else 0.0
-        watched = record_factors(model, threat_model=BALL, source="gradient+adversarial_tangent", generator=draw)
+        watched = record_factors(model, threat_model=BALL, gradient_source="gradient+adversarial_tangent", generator=draw)
         with patch.object(tangent, "NOISE", size), watched as recorder:
             _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
         for p, clean, change in zip(model.parameters(), g, h, strict=True):
@@ -152,7 +152,7 @@ def library(*, ratio: bool = True, shortened: bool = True) -> Rule:
         source, whole = "gradient+adversarial_estimate", estimate.predicted_change
         lost = estimate.LOST if shortened else math.inf
         changed = patch.multiple(estimate, predicted_change=altered, LOST=lost)
-        with changed, record_factors(model, threat_model=BALL, source=source) as recorder:
+        with changed, record_factors(model, threat_model=BALL, gradient_source=source) as recorder:
             _, g, h = recorder.gradients(F.cross_entropy(model(x), y))
         for p, clean, change in zip(model.parameters(), g, h, strict=True):
             p.grad = clean + change

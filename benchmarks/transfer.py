@@ -125,7 +125,7 @@ def parts(data: str) -> tuple[LabelledImages, LabelledImages | None, LabelledIma
 def learned(name: str, *, longer: float = 1.0) -> list[Candidate]:
     """A meta-optimizer that came with the package or lies in a file: nothing to choose; ``longer``: that many times the steps."""
     rule = load_optimizer(name)
-    options = {"source": rule.gradient_source} if rule.two_streams else {}
+    options = {"gradient_source": rule.gradient_source} if rule.two_streams else {}
     shares = ONE_PASS if rule.passes_per_step == 1.0 else (1.0,)
     shares = tuple(longer * share for share in shares)
     return [Candidate({}, lambda steps: reading_streams(rule, total_steps=steps), shares, rule.passes_per_step, options=options)]
@@ -150,7 +150,11 @@ def train_paper_code(path: Path) -> None:
 
 def candidates(target: Target, extra: dict[str, str]) -> dict[str, list[Candidate]]:
     """Every method with the settings it may choose from, at least one."""
-    tangents, estimated, scaled = {"source": TANGENT}, {"source": ESTIMATE}, {"source": "gradient+perturbed_factors"}
+    tangents, estimated, scaled = (
+        {"gradient_source": TANGENT},
+        {"gradient_source": ESTIMATE},
+        {"gradient_source": "gradient+perturbed_factors"},
+    )
     threat_model = ThreatModel(epsilon=target.epsilon)
     return {
         SHIPPED: learned(SHIPPED),

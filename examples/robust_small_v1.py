@@ -74,7 +74,7 @@ def main() -> None:
         datasets={"digits": digits_pools(0).meta_train},
         examples=(100, 300),
         epsilon=(0.05, 0.15),
-        source=None if source == "gradient" else source,
+        gradient_source=source,
         attack=None if arguments.variant == "clean" else margin_attack,
         copies=2 if arguments.quick else 6,
     )
@@ -97,7 +97,8 @@ def main() -> None:
         final_draws=1 if arguments.quick else 4,
         seed=arguments.seed,
         checkpoint=None if arguments.quick else arguments.out.with_suffix(".search"),
-        report=report,
+        silent=True,
+        on_generation=report,
     )
     if first:
         print(rule.table())

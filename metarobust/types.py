@@ -25,13 +25,13 @@ class Batch(NamedTuple):
 class Streams(NamedTuple):
     """What an update rule with two gradient streams reads: one entry per parameter in each, in the order of the parameters.
 
-    ``gradients`` is the ordinary gradient; ``perturbed_factors`` is the second stream, whichever kind the source names: the
+    ``gradients`` is the ordinary gradient; ``second_gradients`` is the second stream, whichever kind the source names: the
     weight gradient with its input factor at its first-order worst case, or what an adversarial move would add to the gradient,
     estimated or from a tangent (see ``metarobust.meta_optimizers.factor_gradients``).
     """
 
     gradients: tuple[Tensor, ...]
-    perturbed_factors: tuple[Tensor, ...]
+    second_gradients: tuple[Tensor, ...]
 
 
 @runtime_checkable
@@ -79,7 +79,7 @@ class Task(Protocol):
     pure functions of their arguments (all randomness comes from ``generator``), so that meta-training can resume bit by bit.
 
     Three members are read where a task has them: ``project(parameters) -> parameters`` after every step, where the optimizee is
-    constrained; ``source``, the second stream that its streams hold, which must be the one that the rule reads; and
+    constrained; ``gradient_source``, what its streams hold, which must be what the rule reads; and
     ``threat_model``, which is recorded with what was learned.
     """
 

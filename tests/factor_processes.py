@@ -29,7 +29,7 @@ def outcome(source: str, rows: slice, *, parallel: bool) -> list[Tensor]:
     for _ in range(2):  # gradients accumulate, and the second forward pass finds a reducer at rest
         with rule.record_factors(watched, threat_model=THREAT_MODEL) as recorder:
             recorder.backward(F.cross_entropy(watched(x[rows]), y[rows]))
-    found = [t for p in model.parameters() for t in (cast("Tensor", p.grad), cast("Any", p).perturbed_factor_grad)]
+    found = [t for p in model.parameters() for t in (cast("Tensor", p.grad), cast("Any", p).second_grad)]
     found = [t.clone() for t in found]
     optimizer.zero_grad()
     with optimizer.record_factors(watched, threat_model=THREAT_MODEL) as recorder:

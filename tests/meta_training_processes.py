@@ -44,7 +44,7 @@ def run(estimator: str, checkpoint: Path | None = None, *, stop: int | None = No
     try:
         return meta_train(
             rule, task, iterations=7, total_steps=12, shortest_steps=6, unroll=3, slots=3, tasks_per_step=2, estimator=estimator,
-            learning_rate=0.02, checkpoint=checkpoint, checkpoint_every=2, report=report,
+            learning_rate=0.02, checkpoint=checkpoint, checkpoint_every=2, silent=True, on_iteration=report,
         )  # fmt: skip
     except InterruptedError:
         return None

@@ -27,7 +27,7 @@ def batch(size: int = 7, classes: int = 10) -> tuple[Tensor, Tensor]:
 
 def streams(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel = BALL, reduction: str = "mean") -> FactorGradients:
     return factor_gradients(
-        model, lambda: F.cross_entropy(model(x), y, reduction=reduction), threat_model=threat_model, source=SOURCE
+        model, lambda: F.cross_entropy(model(x), y, reduction=reduction), threat_model=threat_model, gradient_source=SOURCE
     )
 
 
@@ -162,11 +162,11 @@ def test_stack_equals_one_by_one(build: Callable[[], nn.Module]) -> None:
         stacked,
         lambda: F.cross_entropy(stacked(x), y, reduction="none").reshape(3, 4).mean(1).sum(),
         threat_model=BALL,
-        source=SOURCE,
+        gradient_source=SOURCE,
     )
     for i, model in enumerate(models):
         one = streams(model, x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4])
-        for together, alone in zip(found.perturbed_factor_gradients, one.perturbed_factor_gradients, strict=True):
+        for together, alone in zip(found.second_gradients, one.second_gradients, strict=True):
             torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-8)
 
 
@@ -175,7 +175,7 @@ def test_the_scale_of_the_loss_cancels_but_for_its_size() -> None:
     model = cnn([3, 4]).double()
     x, y = batch()
     mean, total = streams(model, x, y), streams(model, x, y, reduction="sum")
-    for m, s in zip(mean.perturbed_factor_gradients, total.perturbed_factor_gradients, strict=True):
+    for m, s in zip(mean.second_gradients, total.second_gradients, strict=True):
         torch.testing.assert_close(len(x) * m, s, rtol=1e-5, atol=1e-8)
 
 
@@ -204,8 +204,8 @@ def test_second_derivatives_are_exact() -> None:
 
     def value(moved: nn.Module, *, create_graph: bool = False) -> Tensor:
         closure = lambda: F.cross_entropy(moved(x), y)  # noqa: E731
-        found = factor_gradients(moved, closure, threat_model=inside, source=SOURCE, create_graph=create_graph)
-        return sum(((h * v).sum() for h, v in zip(found.perturbed_factor_gradients, probes, strict=True)), torch.zeros(()))
+        found = factor_gradients(moved, closure, threat_model=inside, gradient_source=SOURCE, create_graph=create_graph)
+        return sum(((h * v).sum() for h, v in zip(found.second_gradients, probes, strict=True)), torch.zeros(()))
 
     def at(size: float) -> float:
         moved = copy.deepcopy(model)
@@ -227,12 +227,12 @@ def test_bfloat16_autocast_and_half_parameters() -> None:
     exact = streams(model, x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = streams(model, x, y)
-    for a, b in zip(exact.perturbed_factor_gradients, rough.perturbed_factor_gradients, strict=True):
+    for a, b in zip(exact.second_gradients, rough.second_gradients, strict=True):
         assert b.dtype == torch.float32
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
     lower = copy.deepcopy(model).bfloat16()
     _, _, h = streams(lower, x.bfloat16(), y)
-    for a, b in zip(exact.perturbed_factor_gradients, h, strict=True):
+    for a, b in zip(exact.second_gradients, h, strict=True):
         assert b.dtype == torch.bfloat16
         assert F.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.95
 
@@ -258,8 +258,8 @@ def test_a_compiled_model_runs_eagerly_while_it_is_watched() -> None:
     model = mlp([64, 5, 10]).double()
     compiled = cast("nn.Module", torch.compile(model, backend="eager"))
     x, y = batch()
-    expected = streams(model, x, y).perturbed_factor_gradients
-    found = streams(compiled, x, y).perturbed_factor_gradients
+    expected = streams(model, x, y).second_gradients
+    found = streams(compiled, x, y).second_gradients
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -268,7 +268,7 @@ def test_errors_say_what_to_write() -> None:
     x, y = batch()
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh()).double()
     with pytest.raises(ValueError, match=r"one that returns logits \[batch, classes\]"):
-        factor_gradients(model, lambda: model(x).square().mean(), threat_model=BALL, source=SOURCE)
+        factor_gradients(model, lambda: model(x).square().mean(), threat_model=BALL, gradient_source=SOURCE)
 
     class Folded(nn.Module):
         def __init__(self) -> None:
@@ -282,26 +282,28 @@ def test_errors_say_what_to_write() -> None:
     with pytest.raises(ValueError, match=r"\[batch, tokens, features\]"):
         streams(folded, x, y)
     with pytest.raises(ValueError, match="source must be one of"):
-        factor_gradients(folded, lambda: folded(x).mean(), source="adversarial")
+        factor_gradients(folded, lambda: folded(x).mean(), gradient_source="adversarial")
 
 
 def test_one_call_per_block_and_frozen_layers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = mlp([64, 5, 10]).double()
     x, y = batch()
-    whole = streams(model, x, y).perturbed_factor_gradients
+    whole = streams(model, x, y).second_gradients
     with pytest.raises(ValueError, match="called once inside the recording block"):
-        factor_gradients(model, lambda: F.cross_entropy(model(x) + model(x), y), threat_model=BALL, source=SOURCE)
-    with record_factors(model, threat_model=BALL, source=SOURCE) as recorder:
+        factor_gradients(model, lambda: F.cross_entropy(model(x) + model(x), y), threat_model=BALL, gradient_source=SOURCE)
+    with record_factors(model, threat_model=BALL, gradient_source=SOURCE) as recorder:
         loss = F.cross_entropy(model(x), y)
         with torch.no_grad():
             model(x[:2])  # no part of the loss
-        found = recorder.gradients(loss).perturbed_factor_gradients
+        found = recorder.gradients(loss).second_gradients
     for a, b in zip(found, whole, strict=True):
         torch.testing.assert_close(a, b)
     asked: list[Tensor] = []
     monkeypatch.setattr(estimate, "changed_factor", lambda inputs, *_: asked.append(inputs) or inputs)
     head = list(model.parameters())[2:]
-    only = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=SOURCE, parameters=head[1:])
+    only = factor_gradients(
+        model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=SOURCE, parameters=head[1:]
+    )
     assert not asked, "no work for a weight that nobody asked for"
-    torch.testing.assert_close(only.perturbed_factor_gradients[0], whole[3])
+    torch.testing.assert_close(only.second_gradients[0], whole[3])

@@ -28,7 +28,7 @@ BALL = ThreatModel(norm="linf", epsilon=0.1)
 def streams(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel = BALL, seed: int = 3) -> FactorGradients:
     generator = torch.Generator().manual_seed(seed)
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    return factor_gradients(model, closure, threat_model=threat_model, source=SOURCE, generator=generator)
+    return factor_gradients(model, closure, threat_model=threat_model, gradient_source=SOURCE, generator=generator)
 
 
 @pytest.fixture
@@ -193,10 +193,10 @@ def test_stack_equals_one_by_one(build: Callable[[], nn.Module]) -> None:
     stacked = stack(models)
     x, y = batch(12)
     closure = lambda: F.cross_entropy(stacked(x), y, reduction="none").reshape(3, 4).mean(1).sum()  # noqa: E731
-    found = factor_gradients(stacked, closure, threat_model=BALL, source=SOURCE)
+    found = factor_gradients(stacked, closure, threat_model=BALL, gradient_source=SOURCE)
     for i, model in enumerate(models):
         one = streams(model, x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4])
-        for together, alone in zip(found.perturbed_factor_gradients, one.perturbed_factor_gradients, strict=True):
+        for together, alone in zip(found.second_gradients, one.second_gradients, strict=True):
             torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-8)
 
 
@@ -208,10 +208,10 @@ def test_parameters_that_functional_call_puts_in_are_used_again() -> None:
     closure = lambda: F.cross_entropy(functional_call(model, named, (x,)), y)  # noqa: E731
     generator = torch.Generator().manual_seed(3)
     found = factor_gradients(
-        model, closure, threat_model=BALL, source=SOURCE, parameters=tuple(named.values()), generator=generator
+        model, closure, threat_model=BALL, gradient_source=SOURCE, parameters=tuple(named.values()), generator=generator
     )
     expected = streams(other, x, y)
-    for a, b in zip((*found.gradients, *found.perturbed_factor_gradients), (*expected.gradients, *expected[2]), strict=True):
+    for a, b in zip((*found.gradients, *found.second_gradients), (*expected.gradients, *expected[2]), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -238,7 +238,7 @@ def test_random_numbers_and_running_statistics_are_those_of_one_pass(seen: list[
     plain(x)
     after = torch.get_rng_state()
     torch.manual_seed(7)
-    with record_factors(model, threat_model=BALL, source=SOURCE, generator=torch.Generator()) as recorder:
+    with record_factors(model, threat_model=BALL, gradient_source=SOURCE, generator=torch.Generator()) as recorder:
         recorder.backward(F.cross_entropy(model(x), y))
     assert torch.equal(torch.get_rng_state(), after)
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
@@ -260,10 +260,10 @@ def test_second_derivatives_are_exact() -> None:
 
     def value(moved: nn.Module, *, create_graph: bool = False) -> Tensor:
         found = factor_gradients(
-            moved, lambda: F.cross_entropy(moved(x), y), threat_model=inside, source=SOURCE, create_graph=create_graph,
+            moved, lambda: F.cross_entropy(moved(x), y), threat_model=inside, gradient_source=SOURCE, create_graph=create_graph,
             generator=torch.Generator().manual_seed(3),
         )  # fmt: skip
-        return sum(((h * v).sum() for h, v in zip(found.perturbed_factor_gradients, probes, strict=True)), torch.zeros(()))
+        return sum(((h * v).sum() for h, v in zip(found.second_gradients, probes, strict=True)), torch.zeros(()))
 
     def at(size: float) -> float:
         moved = copy.deepcopy(model)
@@ -336,7 +336,7 @@ def test_half_precision_takes_the_whole_move(seen: list[tangent.Tangents]) -> No
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = streams(model, x, y)
     assert [found.step for found in seen] == [pytest.approx(0.0086, rel=0.01), 1.0]
-    for a, b in zip(exact.perturbed_factor_gradients, rough.perturbed_factor_gradients, strict=True):
+    for a, b in zip(exact.second_gradients, rough.second_gradients, strict=True):
         assert b.dtype == torch.float32
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.95
     lower = copy.deepcopy(model).bfloat16()
@@ -386,18 +386,18 @@ def test_errors_say_what_to_write() -> None:
     x, y = batch()
     model = mlp([64, 5, 10]).double()
     with pytest.raises(ValueError, match=r"write model\(x\)"):
-        factor_gradients(model, lambda: F.cross_entropy(model(input=x), y), threat_model=BALL, source=SOURCE)
+        factor_gradients(model, lambda: F.cross_entropy(model(input=x), y), threat_model=BALL, gradient_source=SOURCE)
     with pytest.raises(ValueError, match=r"in the box \[0, 1\], got values in"):
-        factor_gradients(model, lambda: F.cross_entropy(model(3 * x), y), threat_model=BALL, source=SOURCE)
+        factor_gradients(model, lambda: F.cross_entropy(model(3 * x), y), threat_model=BALL, gradient_source=SOURCE)
     with pytest.raises(TypeError, match="floating-point"):
-        factor_gradients(model, lambda: F.cross_entropy(model((255 * x).long()), y), threat_model=BALL, source=SOURCE)
+        factor_gradients(model, lambda: F.cross_entropy(model((255 * x).long()), y), threat_model=BALL, gradient_source=SOURCE)
     fickle = Fickle().double()
     with pytest.raises(ValueError, match="calls the same layers in the same order"):
         streams(fickle, x, y)
     with pytest.raises(ValueError, match="out of place"):
         streams(Spoiling().double(), x, y)
     with pytest.raises(ValueError, match="call the model itself inside the block"):
-        factor_gradients(model, lambda: F.cross_entropy(model[3](model[1](x.flatten(1)).relu()), y), source=SOURCE)
+        factor_gradients(model, lambda: F.cross_entropy(model[3](model[1](x.flatten(1)).relu()), y), gradient_source=SOURCE)
 
 
 def test_after_an_error_in_the_second_pass_everything_is_as_before() -> None:

@@ -270,7 +270,7 @@ def test_part_root_and_download_are_passed_on_and_absence_is_a_sentence(shell: S
             raise FileNotFoundError("no such root")
         return load("digits", train=False)
 
-    monkeypatch.setattr("metarobust.command_line._bound_run.load", stand_in)
+    monkeypatch.setattr("metarobust.command_line._points.load", stand_in)
     assert shell("--download", data="mnist", root="/somewhere", part="train", examples=20)[0] == 0
     assert asked == [("mnist", True, Path("/somewhere"), True)]
     code, _, err = shell(data="mnist")

@@ -78,16 +78,16 @@ def test_it_is_the_sum_of_the_streams(name: str, source: str, norm: str) -> None
     torch.manual_seed(0)
     model, (x, y), ball = MODELS[name]().double(), batch(), ThreatModel(norm=norm, epsilon=0.3)
     given = coefficients_of(model)
-    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=ball, source=source)
+    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=ball, gradient_source=source)
     weights = list(model.parameters())
     for _ in range(2):  # gradients accumulate
-        with record_factors(model, threat_model=ball, source=source, coefficients=given) as recorder:
+        with record_factors(model, threat_model=ball, gradient_source=source, coefficients=given) as recorder:
             recorder.backward(F.cross_entropy(model(x), y))
     assert all(a is b for a, b in zip(weights, model.parameters(), strict=True)), "the model's own parameters are back"
     for p, clean, change in zip(weights, g, h, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(p.grad, 2 * (clean + given.get(p, 0.0) * change), rtol=1e-6, atol=1e-10)
-        second = p.perturbed_factor_grad  # type: ignore[attr-defined]
+        second = p.second_grad  # type: ignore[attr-defined]
         if p in given:
             assert second is None
         else:
@@ -115,7 +115,7 @@ def test_the_optimizer_asks_for_it_and_takes_the_same_steps(source: str) -> None
             block = (optimizer if combined else rule).record_factors(model, threat_model=BALL)
             with block as recorder:
                 recorder.backward(F.cross_entropy(model(x), y))
-            seconds = [getattr(p, "perturbed_factor_grad", None) for p in model.parameters()]
+            seconds = [getattr(p, "second_grad", None) for p in model.parameters()]
             assert all((second is None) is combined for second in seconds)
             optimizer.step()
         ends.append([p.detach().clone() for p in model.parameters()])
@@ -128,13 +128,13 @@ def test_frozen_weights_and_looks_without_gradients() -> None:
     model, (x, y) = mlp([64, 5, 10]).double(), batch()
     first, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
     first.weight.requires_grad_(False)
-    with record_factors(model, threat_model=BALL, source=SOURCES[1], coefficients={last.weight: 1.0}) as recorder:
+    with record_factors(model, threat_model=BALL, gradient_source=SOURCES[1], coefficients={last.weight: 1.0}) as recorder:
         loss = F.cross_entropy(model(x), y)
         with torch.no_grad():
             model(x)
         recorder.backward(loss)
     assert first.weight.grad is None
-    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=SOURCES[1])
+    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=SOURCES[1])
     assert last.weight.grad is not None
     torch.testing.assert_close(last.weight.grad, g[1] + h[1])
 
@@ -160,8 +160,8 @@ def test_copies_side_by_side(source: str) -> None:
     model, (x, y) = stack([cnn([3, 4]) for _ in range(3)]).double(), batch()
     x, y = x[:6], y[:6]
     given = coefficients_of(model)
-    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
-    with record_factors(model, threat_model=BALL, source=source, coefficients=given) as recorder:
+    _, g, h = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=source)
+    with record_factors(model, threat_model=BALL, gradient_source=source, coefficients=given) as recorder:
         recorder.backward(F.cross_entropy(model(x), y))
     for p, clean, change in zip(model.parameters(), g, h, strict=True):
         assert p.grad is not None
@@ -212,9 +212,11 @@ def test_checkpointed_layers_are_watched_once(source: str, combined: bool) -> No
     for model in (plain, Checkpointed()):
         model.zero_grad()
         given: dict[Tensor, float] = dict.fromkeys(model.parameters(), 1.5)
-        with record_factors(model, threat_model=BALL, source=source, coefficients=given if combined else None) as recorder:
+        with record_factors(
+            model, threat_model=BALL, gradient_source=source, coefficients=given if combined else None
+        ) as recorder:
             recorder.backward(F.cross_entropy(model(x), y))
-        found.append([(p.grad, getattr(p, "perturbed_factor_grad", None)) for p in model.parameters()])
+        found.append([(p.grad, getattr(p, "second_grad", None)) for p in model.parameters()])
     for (g, h), (again, h_again) in zip(*found, strict=True):
         torch.testing.assert_close(g, again)
         assert (h is None) is combined
@@ -243,7 +245,7 @@ def test_what_was_not_recorded_anew_is_refused() -> None:
         model.zero_grad()
         with mine.record_factors(model, threat_model=BALL) as recorder:
             recorder.backward(F.cross_entropy(model(x), y))
-        assert all(p.perturbed_factor_grad is not None for p in head)  # type: ignore[attr-defined]
+        assert all(p.second_grad is not None for p in head)  # type: ignore[attr-defined]
         mine.step()
         theirs.step()
     with optimizer.record_factors(model, threat_model=BALL) as recorder:
@@ -263,7 +265,7 @@ def test_streams_apart_and_combined_accumulate() -> None:
     for p, clean, change in zip(model.parameters(), g, h, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(p.grad, 3 * clean + 0.5 * change)
-        torch.testing.assert_close(p.perturbed_factor_grad, 2 * change)  # type: ignore[attr-defined]
+        torch.testing.assert_close(p.second_grad, 2 * change)  # type: ignore[attr-defined]
 
 
 def test_errors_say_what_to_write() -> None:

@@ -61,7 +61,7 @@ def test_first_layer_is_the_derivative_of_the_dual_norm_penalty() -> None:
     model = mlp([64, 5, 10]).double()
     x, y = batch()
     inside = ThreatModel(norm="linf", epsilon=0.1, lower=-5.0, upper=5.0)
-    h = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=inside).perturbed_factor_gradients[0]
+    h = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=inside).second_gradients[0]
     weight = next(model.parameters())
     z1 = (x.flatten(1) @ weight.T + list(model.parameters())[1]).detach().requires_grad_()
     (d1,) = torch.autograd.grad(F.cross_entropy(model[3](z1.relu()), y), z1)
@@ -123,8 +123,8 @@ def test_normalize_in_front_perturbs_in_input_units() -> None:
     model = nn.Sequential(Normalize(mean=[0.4], std=[0.3]), plain).double()
     x, y = batch()
     threat = ThreatModel(epsilon=0.2)
-    h = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=threat).perturbed_factor_gradients
-    expected = factor_gradients(scaled, lambda: loss_of(scaled, x, y), threat_model=threat).perturbed_factor_gradients
+    h = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=threat).second_gradients
+    expected = factor_gradients(scaled, lambda: loss_of(scaled, x, y), threat_model=threat).second_gradients
     torch.testing.assert_close(h[0], expected[0] / 0.3, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(h[2], expected[2], rtol=1e-5, atol=1e-8)
 
@@ -203,7 +203,7 @@ def test_stack_equals_one_by_one() -> None:
         one = factor_gradients(model, lambda m=model, r=rows, t=targets: loss_of(m, r, t), threat_model=THREAT_MODEL)
         for together, alone in zip(found.gradients, one.gradients, strict=True):
             torch.testing.assert_close(together[i], alone)
-        for together, alone in zip(found.perturbed_factor_gradients, one.perturbed_factor_gradients, strict=True):
+        for together, alone in zip(found.second_gradients, one.second_gradients, strict=True):
             torch.testing.assert_close(together[i], alone)
 
 
@@ -252,12 +252,12 @@ def test_recorder_fills_both_streams_accumulates_and_leaves_no_hooks() -> None:
             recorder.backward(loss_of(model, x, y))
     for p, gradient, perturbed in zip(model.parameters(), g, h, strict=True):
         torch.testing.assert_close(p.grad, 2 * gradient)
-        torch.testing.assert_close(p.perturbed_factor_grad, 2 * perturbed)  # type: ignore[attr-defined]
+        torch.testing.assert_close(p.second_grad, 2 * perturbed)  # type: ignore[attr-defined]
     model.zero_grad()
     with record_factors(model, threat_model=THREAT_MODEL) as recorder:
         recorder.backward(loss_of(model, x, y))
     for p, perturbed in zip(model.parameters(), h, strict=True):
-        torch.testing.assert_close(p.perturbed_factor_grad, perturbed)  # type: ignore[attr-defined]
+        torch.testing.assert_close(p.second_grad, perturbed)  # type: ignore[attr-defined]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -306,7 +306,7 @@ def test_normalize_counts_only_for_layers_that_read_it() -> None:
 
     torch.manual_seed(0)
     model, (x, y) = Two(), batch()
-    found = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL).perturbed_factor_gradients[2]
+    found = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL).second_gradients[2]
     rows = x.flatten(1).requires_grad_()
     logits = model.a(model.norm(x)) + rows @ model.b[1].weight.T + model.b[1].bias
     d, da = torch.autograd.grad(F.cross_entropy(logits, y), (logits, rows))
@@ -317,13 +317,13 @@ def test_normalize_counts_only_for_layers_that_read_it() -> None:
 def test_second_stream_starts_afresh_after_any_zero_grad(set_to_none: bool) -> None:
     torch.manual_seed(0)
     model, (x, y) = mlp([64, 5, 10]).double(), batch()
-    expected = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL).perturbed_factor_gradients
+    expected = factor_gradients(model, lambda: loss_of(model, x, y), threat_model=THREAT_MODEL).second_gradients
     for _ in range(3):
         model.zero_grad(set_to_none=set_to_none)
         with record_factors(model, threat_model=THREAT_MODEL) as recorder:
             recorder.backward(loss_of(model, x, y))
     for p, h in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.perturbed_factor_grad, h)  # type: ignore[attr-defined]
+        torch.testing.assert_close(p.second_grad, h)  # type: ignore[attr-defined]
 
 
 def test_autocast_forward() -> None:
@@ -334,6 +334,6 @@ def test_autocast_forward() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, x, y)
         found = recorder.gradients(loss)
-    assert all(h.dtype == torch.float32 for h in found.perturbed_factor_gradients)
-    difference = (found.perturbed_factor_gradients[0] - exact.perturbed_factor_gradients[0]).norm()
-    assert difference < 0.3 * exact.perturbed_factor_gradients[0].norm()
+    assert all(h.dtype == torch.float32 for h in found.second_gradients)
+    difference = (found.second_gradients[0] - exact.second_gradients[0]).norm()
+    assert difference < 0.3 * exact.second_gradients[0].norm()

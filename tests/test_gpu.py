@@ -169,8 +169,8 @@ def test_hypergradients_are_those_of_the_cpu(method: str) -> None:
         update = virtual_update(optimizer, list(named.values()))
         weights = torch.ones(len(y), 1, device=place)
         step = hypergradient(losses, lambda p, losses=losses: losses(p).mean(), named, weights, update=update, method=method)
-        assert step.weights.device.type == place
-        found.append(step.weights.cpu())
+        assert step.weights_gradient.device.type == place
+        found.append(step.weights_gradient.cpu())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 

@@ -317,16 +317,16 @@ def derivative(of: Setting, weights: Tensor, **changes: Any) -> Hypergradient:
 def test_exact_hypergradients_agree_and_are_central_differences_of_real_steps(name: str, kind: str, weighting: str) -> None:
     of, weights = setting(kind, name), some_weights(weighting)
     forward, double = (derivative(of, weights, method=method) for method in ("jvp", "double_backward"))
-    assert forward.weights.shape == weights.shape
-    assert forward.bound is None
-    assert relative(forward.weights, double.weights) < 1e-10
+    assert forward.weights_gradient.shape == weights.shape
+    assert forward.bound_gradient is None
+    assert relative(forward.weights_gradient, double.weights_gradient) < 1e-10
     expected = central_differences(of.really, weights)
     assert expected.abs().max() > 1e-5
-    assert relative(double.weights, expected) < 1e-6
+    assert relative(double.weights_gradient, expected) < 1e-6
     for found in (forward, double):
         assert found.meta_loss.item() == pytest.approx(of.really(weights), rel=1e-12)
         assert of.meta_loss(found.parameters).item() == pytest.approx(of.really(weights), rel=1e-12)
-        assert not any(t.requires_grad for t in (found.weights, found.meta_loss, *found.parameters.values()))
+        assert not any(t.requires_grad for t in (found.weights_gradient, found.meta_loss, *found.parameters.values()))
 
 
 @pytest.mark.parametrize("kind", ["tanh", "batchnorm"])
@@ -335,7 +335,7 @@ def test_the_first_step_of_an_optimizer_counts_too(name: str, kind: str) -> None
     of, weights = setting(kind, name, warm=0), some_weights("soft")
     expected = central_differences(of.really, weights)
     for method in ("jvp", "double_backward"):
-        assert relative(derivative(of, weights, method=method).weights, expected) < 1e-6
+        assert relative(derivative(of, weights, method=method).weights_gradient, expected) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["tanh", "batchnorm"])
@@ -344,8 +344,8 @@ def test_several_virtual_steps_are_central_differences_of_several_real_steps(nam
     of, weights = setting(kind, name), some_weights("soft")
     found = derivative(of, weights, steps=3)
     assert found.meta_loss.item() == pytest.approx(of.really(weights, steps=3), rel=1e-12)
-    assert relative(found.weights, central_differences(lambda w: of.really(w, steps=3), weights)) < 1e-6
-    assert relative(found.weights, derivative(of, weights).weights) > 0.1
+    assert relative(found.weights_gradient, central_differences(lambda w: of.really(w, steps=3), weights)) < 1e-6
+    assert relative(found.weights_gradient, derivative(of, weights).weights_gradient) > 0.1
 
 
 def with_rule(of: Setting, rule: Any) -> VirtualUpdate:
@@ -385,9 +385,9 @@ def test_unrolled_rules_of_torchopt_are_central_differences(name: str, kind: str
     exact = name == "sgd"  # the bias correction of TorchOpt's Adam is of single precision
     assert found.meta_loss.item() == pytest.approx(by_hand(of, name, weights, 3), rel=1e-10 if exact else 1e-6)
     tolerance = 1e-6 if exact else 1e-5
-    assert relative(found.weights, central_differences(lambda w: by_hand(of, name, w, 3), weights)) < tolerance
+    assert relative(found.weights_gradient, central_differences(lambda w: by_hand(of, name, w, 3), weights)) < tolerance
     one = [derivative(of, weights, update=with_rule(of, rules[name]), method=method) for method in ("jvp", "double_backward")]
-    assert relative(one[0].weights, one[1].weights) < 1e-10
+    assert relative(one[0].weights_gradient, one[1].weights_gradient) < 1e-10
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -402,7 +402,7 @@ def test_it_is_what_torchopts_module_optimizer_gives(steps: int) -> None:
     rule = torchopt.sgd(lr=0.1, momentum=0.9, weight_decay=0.05)
     found = derivative(of, weights, update=with_rule(of, rule), steps=steps)
     assert found.meta_loss.item() == pytest.approx(reached.item(), rel=1e-12)
-    assert relative(found.weights, expected) < 1e-10
+    assert relative(found.weights_gradient, expected) < 1e-10
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -421,10 +421,10 @@ def test_the_derivative_in_the_bounds_is_that_of_central_differences(name: str, 
         steps=steps,
     )
     expected = central_differences(lambda v: of.really(weights, v, steps), factors.detach())
-    assert found.bound is not None
-    assert relative(found.bound, expected) < 1e-6
+    assert found.bound_gradient is not None
+    assert relative(found.bound_gradient, expected) < 1e-6
     alone = central_differences(lambda w: of.really(w, factors.detach(), steps), weights)
-    assert relative(found.weights, alone) < 1e-6
+    assert relative(found.weights_gradient, alone) < 1e-6
     assert factors.grad is None
 
 
@@ -432,13 +432,13 @@ def test_the_derivative_in_the_bounds_is_that_of_central_differences(name: str, 
 @pytest.mark.parametrize("name", ["momentum", "adam_weight_decay"])
 def test_finite_differences_come_close_on_a_network_of_relus(name: str, weighting: str) -> None:
     of, weights = setting("relu", name), some_weights(weighting)
-    exact = derivative(of, weights, method="double_backward").weights
-    assert relative(derivative(of, weights, method="jvp").weights, exact) < 1e-10
-    assert relative(derivative(of, weights, method="finite_difference").weights, exact) < 0.05
+    exact = derivative(of, weights, method="double_backward").weights_gradient
+    assert relative(derivative(of, weights, method="jvp").weights_gradient, exact) < 1e-10
+    assert relative(derivative(of, weights, method="finite_difference").weights_gradient, exact) < 0.05
     smooth = setting("tanh", name)
-    exact = derivative(smooth, weights).weights
-    assert relative(derivative(smooth, weights, method="finite_difference").weights, exact) < 1e-4
-    closer = derivative(smooth, weights, method="finite_difference", relative_step=1e-4).weights
+    exact = derivative(smooth, weights).weights_gradient
+    assert relative(derivative(smooth, weights, method="finite_difference").weights_gradient, exact) < 1e-4
+    closer = derivative(smooth, weights, method="finite_difference", relative_step=1e-4).weights_gradient
     assert relative(closer, exact) < 1e-6
 
 
@@ -454,7 +454,7 @@ def test_nothing_but_the_answer_changes(kind: str, method: str) -> None:
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
             found.append(derivative(of, weights, method=method))
-    assert torch.equal(found[0].weights, found[1].weights)
+    assert torch.equal(found[0].weights_gradient, found[1].weights_gradient)
     assert all(torch.equal(value, state[name]) for name, value in of.model.state_dict().items())
     assert modes == [m.training for m in of.model.modules()]
     assert torch.equal(of.model[0].weight.grad, torch.ones_like(of.model[0].weight))
@@ -479,7 +479,7 @@ def test_a_meta_loss_that_training_does_not_reach_has_the_derivative_0(method: s
         update=VirtualUpdate(rule, rule.init(tuple(parameters.values()))),
         method=method,
     )
-    assert torch.equal(found.weights, torch.zeros(4, 1))
+    assert torch.equal(found.weights_gradient, torch.zeros(4, 1))
     assert found.parameters["unused"] == 1
     assert found.parameters["used"].item() == pytest.approx(2 - 0.1 * 1.5)
 
@@ -580,9 +580,9 @@ def test_a_hard_step_is_straight_through() -> None:
     assert torch.equal(found.weighting.weights, one_hot)
     assert found.meta_loss == pytest.approx(of.really(one_hot), rel=1e-12)
     expected = derivative(of, one_hot)
-    assert torch.equal(found.weights_gradient, expected.weights)
+    assert torch.equal(found.weights_gradient, expected.weights_gradient)
     assert all(torch.equal(found.parameters[name], p) for name, p in expected.parameters.items())
-    gradients = torch.autograd.grad((expected.weights * soft).sum(), list(before.parameters()))
+    gradients = torch.autograd.grad((expected.weights_gradient * soft).sum(), list(before.parameters()))
     torch.testing.assert_close(flattened(before) - flattened(network), torch.cat([g.flatten() for g in gradients]))
 
 

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 350
 
 LAYERS = [
-    ("types", "_checks", "_progress", "_processes"),
+    ("types", "_checks", "_progress", "_processes", "_randomness"),
     ("threat_models", "losses", "divergences", "models", "data"),
     ("attacks", "dro", "bounds"),
     ("objectives", "meta_optimizers", "evaluation"),

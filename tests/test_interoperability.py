@@ -83,11 +83,11 @@ def test_networks_of_timm_go_in_as_they_are(row: Architecture) -> None:
     rule = load("robust-small-v1")
     model.train()
     found = factor_gradients(
-        model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=rule.gradient_source,
+        model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=rule.gradient_source,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     layers, names = dict(model.named_modules()), [name for name, _ in model.named_parameters()]
-    without, seconds = set(), found.perturbed_factor_gradients
+    without, seconds = set(), found.second_gradients
     for name, gradient, second in zip(names, found.gradients, seconds, strict=True):
         assert second.isfinite().all()
         if gradient.any() and not second.any():  # both vanish in residual branches that begin at zero
@@ -115,7 +115,7 @@ def test_attention_in_windows_is_refused_by_the_second_stream_in_one_sentence() 
     assert BALL.contains(PGD(threat_model=BALL, steps=2)(model, x, y), x).all()
     source = load("robust-small-v1").gradient_source
     with pytest.raises(ValueError, match="every layer keeps one row per example, got a layer with 16 rows for 4 examples"):
-        factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
+        factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=source)
 
 
 @pytest.mark.parametrize(

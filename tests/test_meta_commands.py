@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from metarobust._randomness import generator_for
 from metarobust.attacks import FGSM, PGD
 from metarobust.command_line import _meta_train_display, _meta_train_run, _transfer_methods, _transfer_run, main
 from metarobust.command_line._meta_train import MetaTrain, parse_counts, parse_range
@@ -39,7 +40,6 @@ from metarobust.command_line._transfer_run import conclusion, divided, gap_share
 from metarobust.data import LabelledImages, digits_pools, load, minibatch
 from metarobust.divergences import KL
 from metarobust.evaluation import Doubt
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import Generation, InterpretableOptimizer, LSTMOptimizer, save
 from metarobust.meta_optimizers import load as load_optimizer
 from metarobust.meta_optimizers._distribution import pgd_5
@@ -214,8 +214,8 @@ def test_settings_reach_the_meta_training(shell: Shell, monkeypatch: pytest.Monk
     more = {"learning_rate": 0.01, "tasks_per_step": 3, "seed": 5, "checkpoint": "kept.here", "total_steps": "10,30", "unroll": 7}
     more |= {"recompute_every": 4}
     assert shell("meta-train", **(UPDATES | more))[0] == 0
-    report = seen[0].pop("report")
-    assert callable(report)
+    on_iteration = seen[0].pop("on_iteration")
+    assert callable(on_iteration)
     assert seen[0] == {
         "iterations": 7, "total_steps": 30, "shortest_steps": 10, "unroll": 7, "slots": 6, "tasks_per_step": 3,
         "learning_rate": 0.01, "estimator": "second_order", "seed": 5, "checkpoint": Path("kept.here"), "checkpoint_every": 10,

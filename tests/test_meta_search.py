@@ -33,6 +33,7 @@ TASKS = TaskDistribution(
     architectures={"narrow": partial(mlp, [64, 4, 10]), "wide": partial(mlp, [64, 8, 10])},
     datasets={"digits": digits_pools(0).meta_train},
     examples=(40, 60),
+    gradient_source="gradient+adversarial_tangent",
     copies=2,
 )
 SMALL = {"generations": 3, "population": 4, "elite": 2, "total_steps": (4, 8)}
@@ -66,9 +67,9 @@ def test_one_of_each_has_every_architecture_and_spreads_the_radii() -> None:
 
 
 def test_a_distribution_with_one_stream_and_a_clean_judge() -> None:
-    task = replace(TASKS, source=None, attack=None)(torch.Generator().manual_seed(0))
+    task = replace(TASKS, gradient_source="gradient", attack=None)(torch.Generator().manual_seed(0))
     assert task.threat_model is None
-    assert task.source == "gradient"
+    assert task.gradient_source == "gradient"
     assert task.meta_attack is None
 
 
@@ -111,7 +112,7 @@ def test_a_robust_objective_as_the_meta_loss(objective: type) -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(losses.sum(), parameters))
     rule = InterpretableOptimizer(gradient_source="gradient+adversarial_tangent")
     distribution = replace(TASKS, meta_objective=make)
-    assert len(meta_train(rule, distribution, iterations=2, total_steps=4, unroll=2, slots=2, report=lambda *_: None).losses) == 2
+    assert len(meta_train(rule, distribution, iterations=2, total_steps=4, unroll=2, slots=2, silent=True).losses) == 2
 
 
 def test_knobs_turn_what_their_names_say() -> None:
@@ -153,7 +154,7 @@ def search(rule: InterpretableOptimizer, path: Path | None = None, stop: int | N
         if generation == stop:
             raise KeyboardInterrupt
 
-    return meta_search(rule, TASKS.one_of_each, checkpoint=path, report=report, **(SMALL | more))  # type: ignore[arg-type]
+    return meta_search(rule, TASKS.one_of_each, checkpoint=path, on_generation=report, **(SMALL | more))  # type: ignore[arg-type]
 
 
 def fresh() -> InterpretableOptimizer:
@@ -215,13 +216,13 @@ def test_the_search_finds_a_learning_rate() -> None:
     rule = InterpretableOptimizer(gradient_source="gradient", initial_learning_rate=1e-4)
     history = meta_search(
         rule,
-        replace(TASKS, source=None, attack=None).one_of_each,
+        replace(TASKS, gradient_source="gradient", attack=None).one_of_each,
         knobs={"learning rate": 2.0},
         generations=6,
         population=6,
         elite=2,
         total_steps=(40, 40),
-        report=lambda *_: None,
+        silent=True,
     )
     assert history[-1].mean > history[0].best + 0.05
     assert rule.record["final_scores"]["end"] > rule.record["final_scores"]["start"] + 0.05
@@ -253,7 +254,7 @@ def test_only_what_can_be_turned_is_searched() -> None:
 def test_tasks_of_another_source_are_refused_before_anything_is_learned() -> None:
     rule, told = (
         InterpretableOptimizer(),
-        r"source='gradient\+perturbed_factors', like the rule, got 'gradient\+adversarial_tangent'",
+        r"gradient_source='gradient\+perturbed_factors', like the rule, got 'gradient\+adversarial_tangent'",
     )
     with pytest.raises(ValueError, match=f"sample_task must be tasks with {told}"):
         meta_train(rule, TASKS, iterations=1, total_steps=2, unroll=2, slots=1)

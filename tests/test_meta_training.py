@@ -71,7 +71,7 @@ class SmoothTask:
             parameters=parameters,
             create_graph=create_graph,
         )
-        return found.loss.detach(), Streams(found.gradients, found.perturbed_factor_gradients)
+        return found.loss.detach(), Streams(found.gradients, found.second_gradients)
 
     def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
         return self._losses(parameters, 1 - self.x)
@@ -79,7 +79,7 @@ class SmoothTask:
 
 def settings(**changes: Any) -> MetaTrainingSettings:
     values: dict[str, Any] = {
-        "iterations": 10, "total_steps": 10, "unroll": 5, "slots": 1, "learning_rate": 1e-2, "gradient_clip": 1.0,
+        "iterations": 10, "total_steps": 10, "unroll": 5, "slots": 1, "learning_rate": 1e-2, "clip_norm": 1.0,
         "loss_cap": 10.0, "late_weight": 1.0, "meta_loss_every": 1, "seed": 0,
     }  # fmt: skip
     return MetaTrainingSettings(**(values | changes))
@@ -367,7 +367,7 @@ RUN: dict[str, Any] = {
     "slots": 2,
     "seed": 3,
     "iterations": 9,
-    "report": lambda i, loss: None,
+    "silent": True,
 }
 
 
@@ -389,7 +389,7 @@ def test_resume_is_bit_identical(tmp_path: Path, estimator: str, kind: Callable[
     straight = meta_train(fresh(), digit_task, **arguments)
     path = tmp_path / "run.safetensors"
     with pytest.raises(Killed):
-        meta_train(fresh(), digit_task, **(arguments | {"report": kill}), checkpoint=path, checkpoint_every=2)
+        meta_train(fresh(), digit_task, **(arguments | {"on_iteration": kill}), checkpoint=path, checkpoint_every=2)
     resumed = meta_train(fresh(), digit_task, **arguments, checkpoint=path, checkpoint_every=2)
     assert resumed.losses == straight.losses
     for a, b in zip(straight.meta_optimizer.parameters(), resumed.meta_optimizer.parameters(), strict=True):
@@ -418,7 +418,7 @@ def test_meta_training_lowers_the_meta_loss_and_records_itself(kind: Callable[[]
     optimizer = kind().double()
     trained = meta_train(
         optimizer, lambda generator: SmoothTask(), iterations=50, total_steps=10, unroll=5, slots=1,
-        learning_rate=3e-2, estimator=estimator, report=lambda i, loss: None,
+        learning_rate=3e-2, estimator=estimator, silent=True,
     )  # fmt: skip
     assert sum(trained.losses[-10:]) < 0.9 * sum(trained.losses[:10])
     assert optimizer.record["meta_training"]["iterations"] == 50
@@ -486,8 +486,8 @@ def test_task_without_second_stream_is_the_same_gradient() -> None:
     found = [t.streams(parameters, generator=torch.Generator().manual_seed(5))[1] for t in (task, plain)]
     for a, b in zip(found[0].gradients, found[1].gradients, strict=True):
         torch.testing.assert_close(a, b)
-    assert any(h.any() for h in found[0].perturbed_factors)
-    assert not any(h.any() for h in found[1].perturbed_factors)
+    assert any(h.any() for h in found[0].second_gradients)
+    assert not any(h.any() for h in found[1].second_gradients)
 
 
 def test_global_generator_is_untouched() -> None:
@@ -537,6 +537,6 @@ def test_one_stream_meta_optimizers_train_on_the_same_tasks() -> None:
     optimizer = LSTMOptimizer.serban2020()
     before = [p.detach().clone() for p in optimizer.parameters()]
     paper = asdict(MetaTrainingSettings.serban2020(iterations=2))
-    trained = meta_train(optimizer, digit_task, **paper, report=lambda i, loss: None)
+    trained = meta_train(optimizer, digit_task, **paper, silent=True)
     assert len(trained.losses) == 2
     assert any(not torch.equal(a, b) for a, b in zip(before, optimizer.parameters(), strict=True))

@@ -16,10 +16,10 @@ from metarobust.attacks import PGD
 from metarobust.losses import cross_entropy
 from metarobust.meta_weighters import (
     FRL,
-    Bound,
     ClassStatistics,
     GradientBound,
     HeldOutErrors,
+    PerturbationBound,
     ReMargin,
     WeightingNetwork,
     held_out_errors,
@@ -381,7 +381,7 @@ def observed(*norms: float) -> Tensor:
 @pytest.mark.parametrize("power", [0.5, 1.0, -1.0, 0.0])
 def test_the_gradient_bound_is_its_formula(power: float) -> None:
     bound = GradientBound(power=power, lowest=0.25, highest=3.0, memory=4)
-    assert isinstance(bound, Bound)
+    assert isinstance(bound, PerturbationBound)
     bound.observe(observed(0.1, 0.3, 0.2))
     assert bound.average.item() == pytest.approx(0.2)
     bound.observe(observed(0.7, 0.5))  # five seen, four remembered: the two count half
@@ -445,7 +445,7 @@ def test_remargin_by_hand() -> None:
 @given(classes=st.integers(2, 6), epochs=st.integers(1, 8), seed=st.integers(0, 99), limit=st.floats(0, 0.99))
 def test_class_weights_are_positive_and_sum_to_1(classes: int, epochs: int, seed: int, limit: float) -> None:
     balance, generator = ReMargin(classes=classes, limit=limit, weight_rate=2.0, tolerance=0.02), seeded(seed)
-    assert isinstance(balance, Bound)
+    assert isinstance(balance, PerturbationBound)
     for epoch in range(epochs):
         natural, boundary = torch.rand(2, classes, generator=generator)
         balance.start_epoch(HeldOutErrors(natural, boundary, float(natural.mean()), float(boundary.mean())), epoch=epoch)

@@ -119,7 +119,7 @@ PUBLIC_NAMES = {
         "FRL",
         "HYPERGRADIENTS",
         "ROUTINGS",
-        "Bound",
+        "PerturbationBound",
         "ClassStatistics",
         "GradientBound",
         "HeldOutErrors",

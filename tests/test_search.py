@@ -267,6 +267,16 @@ def test_activations_and_state_are_counted_without_the_parameters():
     assert rows_within(1, model, torch.rand(3, 16)) == 1
 
 
+def test_activations_of_every_layer_of_a_deep_network_are_counted():
+    """Layer by layer memory is free again, and the next layer gets the same address: each counts all the same."""
+    widths = [16, 512, 64, 512, 32, 256, 512, 10]
+    layers = [(nn.Linear(a, b), nn.Sigmoid()) for a, b in itertools.pairwise(widths)]
+    model = nn.Sequential(nn.Flatten(), *(layer for pair in layers for layer in pair))
+    per_row = 4 * (sum(widths) + 3 * widths[0])  # every sigmoid's output and the input; three tensors of state
+    assert rows_within(100 * per_row, model, torch.rand(3, 16)) == 100
+    assert rows_within(100 * per_row - 1, model, torch.rand(3, 16)) == 99
+
+
 def test_out_of_memory_halves_the_chunk_and_loses_nothing():
     model = smooth()
     x, y = images(), torch.arange(8) % 4

@@ -88,7 +88,9 @@ def test_without_a_move_each_layer_reads_the_same(name: str, seen: list[tangent.
     torch.manual_seed(1)
     twin(x)
     torch.manual_seed(1)
-    with record_factors(model, threat_model=ThreatModel(epsilon=0.0), source=SOURCE, generator=torch.Generator()) as recorder:
+    with record_factors(
+        model, threat_model=ThreatModel(epsilon=0.0), gradient_source=SOURCE, generator=torch.Generator()
+    ) as recorder:
         loss = F.cross_entropy(model(x), y)
         recorder.backward(loss)
     assert_same(seen)
@@ -100,7 +102,7 @@ def test_without_a_move_each_layer_reads_the_same(name: str, seen: list[tangent.
 def test_a_mode_that_changes_before_the_backward_pass(seen: list[tangent.Tangents]) -> None:
     torch.manual_seed(0)
     model, (x, y) = dropping().train().double(), batch()
-    with record_factors(model, threat_model=ThreatModel(epsilon=0.0), source=SOURCE) as recorder:
+    with record_factors(model, threat_model=ThreatModel(epsilon=0.0), gradient_source=SOURCE) as recorder:
         loss = F.cross_entropy(model(x), y)
         model.eval()
         recorder.backward(loss)
@@ -119,9 +121,9 @@ def test_tensors_of_functional_call_are_those_of_both_passes(seen: list[tangent.
     model.eval()
     closure = lambda: F.cross_entropy(functional_call(model, named, (x,)), y)  # noqa: E731
     weights = (cast("Tensor", named["2.weight"]), shared)
-    found = factor_gradients(model, closure, threat_model=ThreatModel(epsilon=0.0), source=SOURCE, parameters=weights)
+    found = factor_gradients(model, closure, threat_model=ThreatModel(epsilon=0.0), gradient_source=SOURCE, parameters=weights)
     assert_same(seen)
-    for change in found.perturbed_factor_gradients:
+    for change in found.second_gradients:
         assert change.abs().max() < 1e-9
     torch.manual_seed(0)
     apart = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 8)).double()
@@ -129,14 +131,14 @@ def test_tensors_of_functional_call_are_those_of_both_passes(seen: list[tangent.
     apart.load_state_dict({k: v.detach() for k, v in named.items()}, strict=False)
     seen.clear()
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    options = {"threat_model": BALL, "source": SOURCE}
+    options = {"threat_model": BALL, "gradient_source": SOURCE}
     swapped = factor_gradients(model, closure, parameters=weights, generator=generators[0], **options)
     own = (apart[2].weight, apart[5].weight)
     apart.eval()
     alone = factor_gradients(
         apart, lambda: F.cross_entropy(apart(x), y), parameters=own, generator=generators[1], **options
     )  # fmt: skip
-    for a, b in zip(swapped.perturbed_factor_gradients, alone.perturbed_factor_gradients, strict=True):
+    for a, b in zip(swapped.second_gradients, alone.second_gradients, strict=True):
         torch.testing.assert_close(a, b)
         assert a.abs().max() > 1e-4
 
@@ -173,7 +175,7 @@ class Inside(nn.Module):
 def test_autocast_inside_the_model(seen: list[tangent.Tangents]) -> None:
     torch.manual_seed(0)
     model, (x, y) = Inside(), batch()
-    factor_gradients(model, lambda: F.cross_entropy(model(x.float()).float(), y), threat_model=BALL, source=SOURCE)
+    factor_gradients(model, lambda: F.cross_entropy(model(x.float()).float(), y), threat_model=BALL, gradient_source=SOURCE)
     assert seen[0].step == 1.0
 
 
@@ -186,28 +188,30 @@ def test_float16_autocast_stays_finite_where_ratios_are_large(source: str) -> No
         y = model(x.float()).argmax(1)
     with torch.autocast("cpu", dtype=torch.float16):
         found = factor_gradients(
-            model, lambda: F.cross_entropy(model(x.float()), y), threat_model=BALL, source=source
+            model, lambda: F.cross_entropy(model(x.float()), y), threat_model=BALL, gradient_source=source
         )  # fmt: skip
-    assert all(t.isfinite().all() for t in (*found.gradients, *found.perturbed_factor_gradients))
+    assert all(t.isfinite().all() for t in (*found.gradients, *found.second_gradients))
 
 
 def test_nothing_is_kept_after_the_block() -> None:
     model, (x, y) = cnn([3, 4]).double(), batch()
     kept: list[weakref.ref[Tensor]] = []
     hook = model.register_forward_hook(lambda _, args, output: kept.extend([weakref.ref(args[0]), weakref.ref(output)]))
-    with record_factors(model, threat_model=BALL, source=SOURCE) as recorder:
+    with record_factors(model, threat_model=BALL, gradient_source=SOURCE) as recorder:
         recorder.backward(F.cross_entropy(model(x), y))
     hook.remove()
     gc.collect()
     assert len(kept) == 4
     assert all(reference() is None for reference in kept)
-    assert recorder.source == SOURCE
+    assert recorder.gradient_source == SOURCE
 
 
 def test_an_epsilon_as_large_as_the_box() -> None:
     model, (x, y) = mlp([64, 5, 10]).double(), batch()
-    found = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=ThreatModel(epsilon=0.9), source=SOURCE)
-    assert all(t.isfinite().all() for t in found.perturbed_factor_gradients)
+    found = factor_gradients(
+        model, lambda: F.cross_entropy(model(x), y), threat_model=ThreatModel(epsilon=0.9), gradient_source=SOURCE
+    )
+    assert all(t.isfinite().all() for t in found.second_gradients)
 
 
 def test_gradients_by_what_the_input_was_made_of() -> None:
@@ -215,7 +219,7 @@ def test_gradients_by_what_the_input_was_made_of() -> None:
     model, (x, y) = mlp([64, 5, 10]).double(), batch()
     shade = torch.zeros((), dtype=torch.float64, requires_grad=True)
     closure = lambda: F.cross_entropy(model((x + shade).clamp(0, 1)), y)  # noqa: E731
-    found = factor_gradients(model, closure, threat_model=ThreatModel(epsilon=0.0), source=SOURCE, parameters=[shade])
+    found = factor_gradients(model, closure, threat_model=ThreatModel(epsilon=0.0), gradient_source=SOURCE, parameters=[shade])
     (expected,) = torch.autograd.grad(closure(), shade)
     torch.testing.assert_close(found.gradients[0], expected)
 
@@ -235,7 +239,7 @@ def test_a_model_may_write_into_its_input(seen: list[tangent.Tangents]) -> None:
     model, (x, y) = Writing().double(), batch()
     before = x.clone()
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    factor_gradients(model, closure, threat_model=ThreatModel(epsilon=0.0), source=SOURCE)
+    factor_gradients(model, closure, threat_model=ThreatModel(epsilon=0.0), gradient_source=SOURCE)
     assert_same(seen)
     assert torch.equal(x, before)
 
@@ -266,7 +270,7 @@ class Folded(nn.Module):
 
 def test_errors_say_what_to_write() -> None:
     x, y = batch()
-    model, options = mlp([64, 5, 10]).double(), {"threat_model": BALL, "source": SOURCE}
+    model, options = mlp([64, 5, 10]).double(), {"threat_model": BALL, "gradient_source": SOURCE}
 
     def halved() -> Tensor:
         logits = model(x)
@@ -290,7 +294,9 @@ def test_errors_say_what_to_write() -> None:
     single = mlp([64, 5, 1]).double()
     for source in ("gradient+adversarial_estimate", SOURCE):
         with pytest.raises(ValueError, match="two classes or more"):
-            factor_gradients(single, lambda: F.binary_cross_entropy_with_logits(single(x)[:, 0], (y > 4).double()), source=source)
+            factor_gradients(
+                single, lambda: F.binary_cross_entropy_with_logits(single(x)[:, 0], (y > 4).double()), gradient_source=source
+            )
 
 
 def test_the_fall_of_the_learning_rate_has_a_gradient_from_its_start() -> None:
@@ -325,8 +331,8 @@ def test_a_normalisation_of_its_own_kind_has_no_second_stream(source: str) -> No
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), ChannelsLast(3), nn.Flatten(), nn.Linear(108, 10)).double()
     x, y = batch()
-    found = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, source=source)
-    sizes = [h.abs().max().item() for h in found.perturbed_factor_gradients]
+    found = factor_gradients(model, lambda: F.cross_entropy(model(x), y), threat_model=BALL, gradient_source=source)
+    sizes = [h.abs().max().item() for h in found.second_gradients]
     assert sizes[2] == sizes[3] == 0
     assert min(sizes[0], sizes[4]) > 0
     assert all(g.abs().max() > 0 for g in found.gradients)

@@ -59,7 +59,7 @@ def test_they_equal_the_transformation(monkeypatch: pytest.MonkeyPatch, kind: st
         moves, state = transformation.update(found if rule.two_streams else found.gradients, state, params=params)
         params = tuple(p + 0.5 * move.detach() for p, move in zip(params, moves, strict=True))
         kept = [g.clone() for g in found.gradients]
-        seconds = found.perturbed_factors if rule.two_streams else None
+        seconds = found.second_gradients if rule.two_streams else None
         own = rule.step_in_place(mine, found.gradients, seconds, own, layout, total_steps=6, lr=0.5)
         assert all(torch.equal(a, b) for a, b in zip(kept, found.gradients, strict=True)), "gradients are the user's"
         for a, b in zip(mine, params, strict=True):

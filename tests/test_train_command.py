@@ -225,7 +225,7 @@ def test_only_training_data_is_read(shell: Shell, monkeypatch: pytest.MonkeyPatc
         asked.append((name, train, root, download))
         return load("digits", train=True)
 
-    monkeypatch.setattr("metarobust.command_line._bound_run.load", digits)
+    monkeypatch.setattr("metarobust.command_line._points.load", digits)
     assert shell("--download", data="mnist", root="/some where")[0] == 0
     assert asked == [("mnist", True, Path("/some where"), True)]
     assert record()["evaluate"].endswith("--data mnist --norm linf --epsilon 0.1 --root '/some where'")

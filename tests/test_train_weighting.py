@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from metarobust._randomness import generator_for
 from metarobust.attacks import PGD
 from metarobust.command_line import _train_run, main
 from metarobust.command_line._train import Train
@@ -20,7 +21,6 @@ from metarobust.command_line._train_data import Parts, divided, read_training_da
 from metarobust.command_line._train_weighting import told_of, what_was_learned
 from metarobust.data import LabelledImages, load, split
 from metarobust.divergences import KL
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_weighters import CAAT, FRL, GradientBound, MetaWeightNet, ReMargin, WeightingNetwork
 from metarobust.objectives import ARMOR, MART, TRADES, AdversarialTraining, ClassWeighted, LogitAdjusted
 from metarobust.threat_models import ThreatModel

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metarobust._randomness import generator_for
 from metarobust.attacks import BETA, PGD
 from metarobust.divergences import KL
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer
 from metarobust.models import mlp
 from metarobust.objectives import ARMOR, MART, TRADES, AdversarialTraining

@@ -467,7 +467,7 @@ def test_a_model_without_input_gradient_is_refused_in_one_sentence(context: Any)
 
 def settings(**changes: Any) -> MetaTrainingSettings:
     values: dict[str, Any] = {
-        "iterations": 10, "total_steps": 4, "unroll": 4, "slots": 1, "learning_rate": 1e-2, "gradient_clip": 1.0,
+        "iterations": 10, "total_steps": 4, "unroll": 4, "slots": 1, "learning_rate": 1e-2, "clip_norm": 1.0,
         "loss_cap": 100.0, "late_weight": 1.0, "meta_loss_every": 1, "seed": 0,
     }  # fmt: skip
     return MetaTrainingSettings(**(values | changes))
@@ -543,7 +543,7 @@ def test_meta_training_learns_to_attack_and_resumes_bit_for_bit(tmp_path: Path) 
         return margin(model(attack(model, x, y)), y).mean().item()
 
     before, path = reached(fresh_optimizer()), tmp_path / "run.safetensors"
-    trained = meta_train(fresh_optimizer(), sample_task, iterations=20, **arguments, report=lambda i, loss: None)
+    trained = meta_train(fresh_optimizer(), sample_task, iterations=20, **arguments, silent=True)
     assert reached(trained.meta_optimizer) > before + 0.1
     ball = {"norm": threat_model.norm, "epsilon": [threat_model.epsilon] * 2, "box": [threat_model.lower, threat_model.upper]}
     assert trained.meta_optimizer.record["threat_models"] == ball
@@ -557,8 +557,8 @@ def test_meta_training_learns_to_attack_and_resumes_bit_for_bit(tmp_path: Path) 
 
     shared = arguments | {"iterations": 20, "checkpoint": path, "checkpoint_every": 4}
     with pytest.raises(Killed):
-        meta_train(fresh_optimizer(), sample_task, **shared, report=kill)
-    resumed = meta_train(fresh_optimizer(), sample_task, **shared, report=lambda i, loss: None)
+        meta_train(fresh_optimizer(), sample_task, **shared, silent=True, on_iteration=kill)
+    resumed = meta_train(fresh_optimizer(), sample_task, **shared, silent=True)
     assert resumed.losses == trained.losses
     pairs = zip(trained.meta_optimizer.parameters(), resumed.meta_optimizer.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -573,7 +573,7 @@ def test_a_task_leaves_the_model_alone_and_explains_bad_input() -> None:
     losses, streams = task.streams((start,), generator=seeded())
     assert losses.shape == task.meta_loss((start,), generator=seeded()).shape == (BATCH,)
     assert streams.gradients[0].shape == task.x.shape
-    assert not streams.perturbed_factors[0].any()
+    assert not streams.second_gradients[0].any()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     for change, text in (

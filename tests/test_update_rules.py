@@ -213,7 +213,7 @@ def test_torch_optimizer_groups_schedulers_and_zero_grad() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
     optimizer.zero_grad()
     assert all(p.grad is None for p in parameters)
-    assert all(p.perturbed_factor_grad is None for p in parameters)  # type: ignore[attr-defined]
+    assert all(p.second_grad is None for p in parameters)  # type: ignore[attr-defined]
 
 
 def test_torch_optimizer_equals_the_transformation() -> None:
@@ -228,7 +228,7 @@ def test_torch_optimizer_equals_the_transformation() -> None:
         with record_factors(model) as recorder:
             optimizer.zero_grad()
             recorder.backward(model(torch.linspace(0, 1, 20).reshape(5, 4)).square().mean())
-        g, h = (tuple(getattr(p, name) for p in model.parameters()) for name in ("grad", "perturbed_factor_grad"))
+        g, h = (tuple(getattr(p, name) for p in model.parameters()) for name in ("grad", "second_grad"))
         updates, state = transformation.update(Streams(g, h), state, params=params)
         params = tuple(p + u.detach() for p, u in zip(params, updates, strict=True))
         optimizer.step()
@@ -434,9 +434,9 @@ def test_stale_second_stream_is_refused_and_a_foreign_threat_model_warned_of() -
         optimizer.step()
     assert copy.deepcopy(optimizer).param_groups[0]["total_steps"] == 5
     optimizer.zero_grad()
-    with record_factors(model, source="gradient+adversarial_estimate") as recorder:
+    with record_factors(model, gradient_source="gradient+adversarial_estimate") as recorder:
         recorder.backward(F.cross_entropy(model(x), y))
-    with pytest.raises(ValueError, match="source='gradient\\+perturbed_factors'"):
+    with pytest.raises(ValueError, match="gradient_source='gradient\\+perturbed_factors'"):
         optimizer.step()
 
 

@@ -32,15 +32,16 @@ def rows_within(budget: int | None, model: Model, x: Tensor) -> int:
 
 def _saved_bytes(model: Model, x: Tensor) -> int:
     """Bytes that a forward pass keeps for its backward pass."""
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> None:
-        # Nothing is kept: a saved output that came back here would hold its own graph, for ever, and no backward pass follows.
-        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        # In the graph nothing is kept: a saved output that came back there would hold its own graph, for ever. Here it stays,
+        # without its graph, until all are counted: the address of one that is gone is given to the next.
+        kept[tensor.data_ptr()] = tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         called(model, x.detach().requires_grad_())
-    return sum(kept.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def halving_on_out_of_memory(work: Callable[[slice], None], length: int, at_once: int) -> None:

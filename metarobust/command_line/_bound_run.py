@@ -21,7 +21,8 @@ from metarobust.bounds import RiskBound, plot_curve, risk_curve
 from metarobust.command_line._bound_reports import ModelReport, doubts, rows
 from metarobust.command_line._demo import writable_folder
 from metarobust.command_line._evaluate_run import _device, say
-from metarobust.data import LabelledImages, load, load_npz
+from metarobust.command_line._points import listed, read_points
+from metarobust.data import LabelledImages
 
 if TYPE_CHECKING:
     from metarobust.command_line._bound import Bound
@@ -40,7 +41,9 @@ def run_bound(
 ) -> None:
     """Read the points, bound, print, write."""
     device = _device(flags.device)
-    points = read_points(flags, classes)
+    points = read_points(
+        flags.data, part=flags.part, root=flags.root, download=flags.download, classes=classes, examples=flags.examples
+    )
     out = writable_folder(flags.out)
     if flags.kept.exists():
         print(f"going on from {flags.kept}", flush=True)
@@ -110,37 +113,6 @@ def run_bound(
     print(f"wrote bounds.json, bounds.md and bounds.png to {out}")
 
 
-def read_points(flags: "Bound", classes: list[int] | None) -> LabelledImages:
-    """The part of the named data set or the .npz file, cut to the classes and then to the first ``--examples``."""
-    packed = flags.data.endswith(".npz")
-    try:
-        if packed:
-            data = load_npz(flags.data)
-        else:
-            data = load(flags.data, train=flags.part == "train", root=flags.root, download=flags.download)
-    except FileNotFoundError as error:
-        if packed:
-            raise FileNotFoundError(f"--data must name a file that exists, got {flags.data}") from error
-        remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
-        raise FileNotFoundError(f"--data {flags.data} is not in the data root; {remedy}") from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--data {flags.data}: {error.args[0]}") from error
-    kept = torch.arange(len(data))
-    if classes is not None:
-        known = sorted(set(data.labels.tolist()))
-        missing = [label for label in classes if label not in known]
-        if missing:
-            raise ValueError(f"--classes must be among those of the data, {_listed(known)}, got {_listed(missing)}")
-        kept = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
-    if len(kept) == 0:
-        raise ValueError(f"--data must have at least one example, got none in {flags.data}")
-    return data.select(kept[: flags.examples])
-
-
-def _listed(labels: Sequence[int]) -> str:
-    return ", ".join(map(str, labels))
-
-
 @contextmanager
 def _busy(text: str) -> Iterator[None]:
     """A spinner on standard error while someone watches; how far the work is, nobody knows before the pairs are found."""
@@ -155,7 +127,7 @@ def _busy(text: str) -> Iterator[None]:
 
 def _title(flags: "Bound", points: LabelledImages, classes: list[int] | None) -> str:
     part = "" if flags.data.endswith(".npz") else f", {flags.part or 'test'} part"
-    chosen = "" if classes is None else f", classes {_listed(classes)}"
+    chosen = "" if classes is None else f", classes {listed(classes)}"
     norm = flags.norm.replace("l", "l_", 1)
     return f"{len(points):,} points of {Path(flags.data).name}{part}{chosen}; {norm}; method {flags.method}"
 

@@ -129,7 +129,9 @@ def meta_task(
     )
 
 
-def meta_train_variant(settings: DemoSettings, variant: str, path: Path, report: Callable[[int, float], None]) -> list[float]:
+def meta_train_variant(
+    settings: DemoSettings, variant: str, path: Path, on_iteration: Callable[[int, float], None]
+) -> list[float]:
     """Meta-train one of the :data:`LEARNED` variants or :data:`ABLATIONS`, save it to ``path``, and return its meta-losses.
 
     The control is judged on clean examples throughout, in meta-training and in calibration.
@@ -144,7 +146,8 @@ def meta_train_variant(settings: DemoSettings, variant: str, path: Path, report:
         total_steps=settings.total_steps,
         estimator="first_order" if variant == "first_order" else "second_order",
         seed=settings.seed,
-        report=report,
+        silent=True,
+        on_iteration=on_iteration,
     )
     if trained.meta_optimizer.two_streams and variant != "uncalibrated":
         generator = torch.Generator().manual_seed(settings.seed + 1)

@@ -23,7 +23,7 @@ LINE_EVERY = 10
 
 @contextmanager
 def shown(flags: "MetaTrain", *, leads: bool) -> Iterator[Callable[[int, Any], None] | None]:
-    """What to pass as ``report``; None on processes that are silent."""
+    """What to call after each round; None on processes that are silent."""
     if not leads:
         yield None
         return

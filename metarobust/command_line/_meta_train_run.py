@@ -8,33 +8,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
 
 from metarobust import __version__
 from metarobust._files import read_json, write_atomically
+from metarobust._processes import Processes
+from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
-from metarobust.command_line._bound_run import read_points
 from metarobust.command_line._evaluate_run import say
 from metarobust.command_line._meta_train_display import shown
+from metarobust.command_line._points import read_points
 from metarobust.command_line._train_files import _told, is_record
 from metarobust.command_line._train_network import WIDTHS, chosen_network
 from metarobust.command_line._train_processes import agreed
 from metarobust.data import LabelledImages, LowDataTasks, digits_pools
 from metarobust.divergences import KL
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer, TaskDistribution, meta_search, meta_train, save
 from metarobust.meta_optimizers._distribution import pgd_5
 from metarobust.objectives import ARMOR, TRADES, AdversarialTraining, BETATraining
 from metarobust.threat_models import ThreatModel
-from metarobust.training._distributed import Processes
 
 if TYPE_CHECKING:
-    from metarobust.command_line._bound import Bound
     from metarobust.command_line._meta_train import MetaTrain
 
 FORMAT = "metarobust meta-train 1"
@@ -124,8 +122,7 @@ def read_pools(flags: "MetaTrain") -> dict[str, LabelledImages]:
         if name == "digits":
             pools[name] = digits_pools(0).meta_train
             continue
-        wanted = SimpleNamespace(data=name, part="train", root=flags.root, download=flags.download, examples=None)
-        pools[name] = read_points(cast("Bound", wanted), None)
+        pools[name] = read_points(name, part="train", root=flags.root, download=flags.download)
     shapes = {name: [*pool.images.shape[1:], pool.num_classes] for name, pool in pools.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
         told = " and ".join(f"{shape[:3]} with {shape[3]} in {name}" for name, shape in shapes.items())
@@ -153,7 +150,7 @@ def prepared(flags: "MetaTrain", pools: dict[str, LabelledImages], processes: in
         examples=flags.examples_range,
         epsilon=flags.epsilon_range,
         norm=flags.norm,
-        source=None if flags.gradient_source == "gradient" else flags.gradient_source,
+        gradient_source=flags.gradient_source,
         meta_objective=OBJECTIVES.get(flags.meta_loss),
         copies=flags.copies or (1 if flags.meta_loss == "beta" else 4),
         batch_size=flags.batch_size,
@@ -237,7 +234,7 @@ def learned(job: Job, *, leads: bool) -> list[Any]:
     """Move the rule; returns meta-losses or generations from the first one on."""
     flags, rule, (shortest, longest) = job.flags, job.rule, job.flags.steps_range
     try:
-        with shown(flags, leads=leads) as report:
+        with shown(flags, leads=leads) as on_round:
             if flags.searches:
                 assert isinstance(rule, InterpretableOptimizer)
                 population = flags.population or 16
@@ -250,7 +247,8 @@ def learned(job: Job, *, leads: bool) -> list[Any]:
                     total_steps=(shortest, longest),
                     seed=flags.seed,
                     checkpoint=flags.kept,
-                    report=report,
+                    silent=True,
+                    on_generation=on_round,
                 )
             together = flags.tasks_per_step or job.processes
             return meta_train(
@@ -268,7 +266,8 @@ def learned(job: Job, *, leads: bool) -> list[Any]:
                 seed=flags.seed,
                 checkpoint=flags.kept,
                 checkpoint_every=CHECKPOINT_EVERY,
-                report=report,
+                silent=True,
+                on_iteration=on_round,
             ).losses
     finally:
         if leads and not flags.kept.exists():  # nothing was kept

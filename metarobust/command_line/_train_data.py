@@ -1,18 +1,17 @@
 """The parts of the data that ``metarobust train`` works with: to train on, to learn weights on, to choose the best epoch by."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from metarobust.command_line._bound_run import read_points
+from metarobust._randomness import generator_for
+from metarobust.command_line._points import read_points
 from metarobust.command_line._train import parse_held_out, parse_robust_classes
 from metarobust.command_line._train_checks import META_SET
 from metarobust.data import LabelledImages, long_tail, noise_matrix, split, split_meta, with_label_noise
-from metarobust.evaluation._inputs import generator_for
 
 if TYPE_CHECKING:
-    from metarobust.command_line._bound import Bound
     from metarobust.command_line._train import Train
 
 META_PER_CLASS = 20
@@ -87,7 +86,7 @@ class Parts:
 
 def read_training_data(flags: "Train") -> LabelledImages:
     """The training part of the named data set or the .npz file, cut to the first ``--examples``."""
-    data = read_points(cast("Bound", flags), None)  # it reads the same five flags
+    data = read_points(flags.data, part=flags.part, root=flags.root, download=flags.download, examples=flags.examples)
     classes = parse_robust_classes(flags.robust_classes) or ()
     missing = sorted(set(classes) - set(data.labels.tolist()))
     if missing:

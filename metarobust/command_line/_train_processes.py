@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
+from metarobust._processes import Processes
 from metarobust.command_line._evaluate_run import _device
 from metarobust.training import initialise_from_environment
-from metarobust.training._distributed import Processes
 
 T = TypeVar("T")
 

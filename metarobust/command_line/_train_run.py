@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
 from metarobust.command_line._evaluate_run import _probe, say
@@ -26,7 +27,6 @@ from metarobust.command_line._train_processes import agreed, joined_processes
 from metarobust.command_line._train_report import announce, print_result, reporter, write, write_network
 from metarobust.command_line._train_weighting import Known, hand_over, what_was_learned
 from metarobust.data import LabelledImages
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import LearnedOptimizer
 from metarobust.threat_models import ThreatModel
 from metarobust.training import TrainingResult, fit

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
 from metarobust.command_line._train_checks import META_STEPS
 from metarobust.command_line._train_data import Parts
 from metarobust.data import LabelledImages
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_weighters import CAAT, FRL, GradientBound, MetaWeightNet, ReMargin, WeightingNetwork
 from metarobust.objectives import ClassWeighted
 from metarobust.threat_models import ThreatModel

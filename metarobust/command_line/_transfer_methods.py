@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD, count_calls
 from metarobust.data import LabelledImages, minibatch
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer
 from metarobust.objectives import AdversarialTraining
 from metarobust.threat_models import ThreatModel

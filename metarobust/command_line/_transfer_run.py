@@ -4,17 +4,17 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metarobust import __version__
 from metarobust._files import write_atomically
 from metarobust._progress import progress_bar
+from metarobust._randomness import generator_for
 from metarobust._tensor_files import WEIGHTS, write_tensors
-from metarobust.command_line._bound_run import read_points
 from metarobust.command_line._evaluate_run import _device, say
+from metarobust.command_line._points import read_points
 from metarobust.command_line._train_network import Network, chosen_network
 from metarobust.command_line._train_run import initial_model
 from metarobust.command_line._transfer_methods import (
@@ -28,12 +28,10 @@ from metarobust.command_line._transfer_methods import (
 )
 from metarobust.data import LabelledImages, digits_pools, split
 from metarobust.evaluation import RobustnessReport, evaluate
-from metarobust.evaluation._inputs import generator_for
 from metarobust.meta_optimizers import load
 from metarobust.threat_models import ThreatModel
 
 if TYPE_CHECKING:
-    from metarobust.command_line._bound import Bound
     from metarobust.command_line._transfer import Transfer
 
 FORMAT = "metarobust transfer 1"
@@ -106,8 +104,7 @@ def read_parts(flags: "Transfer") -> tuple[LabelledImages, LabelledImages]:
     """What may be trained on, and what judges."""
 
     def read(part: str) -> LabelledImages:
-        wanted = SimpleNamespace(data=flags.data, part=part, root=flags.root, download=flags.download, examples=None)
-        return read_points(cast("Bound", wanted), None)
+        return read_points(flags.data, part=part, root=flags.root, download=flags.download)
 
     if flags.data == "digits":
         return digits_pools(0).target, read("test")

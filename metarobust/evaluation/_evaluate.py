@@ -15,9 +15,10 @@ from metarobust import __version__, _checks
 from metarobust._checks import choice, explained_memory, images, integer, labels, message, require
 from metarobust._files import check_writable
 from metarobust._progress import progress_bar
+from metarobust._randomness import generator_for
 from metarobust.attacks import Square
 from metarobust.data import LabelledImages
-from metarobust.evaluation._inputs import as_pixels, as_tensors, behind_door, data_digest, generator_for
+from metarobust.evaluation._inputs import as_pixels, as_tensors, behind_door, data_digest
 from metarobust.evaluation._protocols import PROTOCOLS, protocol_attacks
 from metarobust.evaluation._reliability import Doubt, spread_rows
 from metarobust.evaluation._reliability_model import model_doubts

@@ -1,6 +1,5 @@
 """What an evaluation takes in: data as two tensors, the model behind a door that speaks the dtype of the pixels."""
 
-import hashlib
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, cast
@@ -101,9 +100,3 @@ def checked_logits(logits: Any, examples: int) -> Tensor:
     logits = _checks.logits(logits, examples=examples)
     require(bool(logits.isfinite().all()), "model", "such that its logits are finite", "NaN or infinite logits")
     return logits
-
-
-def generator_for(seed: int, stage: str | int, batch: int) -> torch.Generator:
-    """The noise of one batch of one stage: a function of these three alone, so that interruptions leave no trace in it."""
-    digest = hashlib.sha256(f"metarobust evaluation {seed} {stage} {batch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

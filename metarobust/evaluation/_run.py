@@ -9,7 +9,8 @@ from torch import Tensor
 
 from metarobust._checks import explained_memory, labels, require
 from metarobust._progress import Advance
-from metarobust.evaluation._inputs import checked_logits, generator_for
+from metarobust._randomness import generator_for
+from metarobust.evaluation._inputs import checked_logits
 from metarobust.evaluation._resume import Checkpoint
 from metarobust.evaluation._state import UNKNOWN, EvaluationState
 from metarobust.threat_models import ThreatModel

@@ -147,7 +147,7 @@ class SecondForward:
         assert self._call is not None
         require(
             input_gradient is not None, "model", "one through which the loss has a gradient at its input", "none",
-            'run frozen layers with gradients enabled, or take source="gradient+adversarial_estimate"',
+            'run frozen layers with gradients enabled, or take gradient_source="gradient+adversarial_estimate"',
         )  # fmt: skip
         assert input_gradient is not None
         (model, (x, *rest), kwargs), ball = self._call, self.threat_model

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from metarobust._checks import finite, integer, message, pair, require
+from metarobust._checks import choice, finite, integer, message, pair, require
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks
+from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Attack, RobustLoss
@@ -34,7 +35,7 @@ class TaskDistribution:
         epsilon: least and largest radius, in input units.
         norm: of the threat model.
         box: smallest and largest valid input value.
-        source: the second stream, see ``record_factors``; None for tasks with the gradient alone.
+        gradient_source: that of the meta-optimizer, see ``record_factors``; ``"gradient"`` for tasks without a second stream.
         attack: makes the attack that judges a task from its threat model; None judges on clean examples.
         meta_objective: makes the meta-loss from the task's threat model, any of :mod:`metarobust.objectives`; None for
             cross-entropy under ``attack``.
@@ -63,7 +64,7 @@ class TaskDistribution:
     epsilon: tuple[float, float] = (0.05, 0.15)
     norm: str = "linf"
     box: tuple[float, float] = (0.0, 1.0)
-    source: str | None = "gradient+adversarial_tangent"
+    gradient_source: str = "gradient+perturbed_factors"
     attack: Callable[[ThreatModel], Attack] | None = pgd_5
     meta_objective: Callable[[ThreatModel], RobustLoss] | None = None
     copies: int = 4
@@ -83,6 +84,7 @@ class TaskDistribution:
         require(high >= low, "examples", "a pair (least, most)", self.examples)
         finite("epsilon", self.epsilon[0], above=0.0)
         require(self.epsilon[1] >= self.epsilon[0], "epsilon", "a pair (least, largest)", self.epsilon)
+        choice("gradient_source", self.gradient_source, GRADIENT_SOURCES)
         integer("copies", self.copies, least=1)
         _ = ThreatModel(norm=self.norm, epsilon=self.epsilon[1], lower=self.box[0], upper=self.box[1])
 
@@ -114,8 +116,8 @@ class TaskDistribution:
             build=self.architectures[architecture],
             dataset=pool,
             subsets=torch.stack([tasks.sample_indices(generator) for _ in range(self.copies)]),
-            threat_model=None if self.source is None else ball,
-            source=self.source or "gradient+adversarial_tangent",
+            threat_model=None if self.gradient_source == "gradient" else ball,
+            gradient_source=self.gradient_source,
             meta_attack=None if self.attack is None else self.attack(ball),
             meta_objective=None if self.meta_objective is None else self.meta_objective(ball),
             batch_size=self.batch_size,

@@ -38,7 +38,7 @@ def record_factors(
     model: nn.Module,
     *,
     threat_model: ThreatModel | None = None,
-    source: str = "gradient+perturbed_factors",
+    gradient_source: str = "gradient+perturbed_factors",
     coefficients: Mapping[Tensor, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[FactorRecorder]:
@@ -48,13 +48,14 @@ def record_factors(
         model: any ``nn.Module`` whose weights sit in Linear or Conv layers (others are passed through).
         threat_model: norm, epsilon and box of the first layer's perturbation, norm of the others'. A learned optimizer needs
             the one it was trained with. Default: l_inf, 8/255.
-        source: the second stream. ``"gradient+perturbed_factors"``: the weight gradient with its input factor replaced by that
-            factor's scaled worst move. ``"gradient+adversarial_estimate"``: the estimated change of the gradient at the
-            adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and normalisations have
-            one too (docs/transfer.md). ``"gradient+adversarial_tangent"``: a better one, from the tangent of all activations
-            along the worst move of the input, by another forward pass a small step along it (a third of a pass; a hundredth of
-            the move in float32, nearly all of it in half precision and on GPUs that round float32). Both streams are taken at
-            inputs with uniform noise from a ball of twice the radius, which the model's first argument is given in the block.
+        gradient_source: the second stream. ``"gradient+perturbed_factors"``: the weight gradient with its input factor
+            replaced by that factor's scaled worst move. ``"gradient+adversarial_estimate"``: the estimated change of the
+            gradient at the adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and
+            normalisations have one too (docs/transfer.md). ``"gradient+adversarial_tangent"``: a better one, from the tangent
+            of all activations along the worst move of the input, by another forward pass a small step along it (a third of a
+            pass; a hundredth of the move in float32, nearly all of it in half precision and on GPUs that round float32). Both
+            streams are taken at inputs with uniform noise from a ball of twice the radius, which the model's first argument is
+            given in the block.
         coefficients: c by parameter, for a rule that follows g + c h: ``backward`` then fills ``.grad`` with that sum, at one
             weight gradient per layer, that of the combined factor, where both streams take two. What changes ``.grad``
             afterwards, such as clipping, acts on the sum. Parameters that are left out get both streams.
@@ -79,7 +80,7 @@ def record_factors(
         >>> model, x, y = mlp([4, 3, 2]), torch.rand(8, 4), torch.randint(2, (8,))
         >>> with record_factors(model, threat_model=ThreatModel(epsilon=0.1)) as recorder:
         ...     recorder.backward(F.cross_entropy(model(x), y))
-        >>> model[1].weight.grad.shape == model[1].weight.perturbed_factor_grad.shape
+        >>> model[1].weight.grad.shape == model[1].weight.second_grad.shape
         True
     """
     if not isinstance(model, nn.Module):
@@ -93,9 +94,9 @@ def record_factors(
         "'linf' or 'l2' for factor gradients",
         threat_model.norm,
     )
-    choice("source", source, GRADIENT_SOURCES[1:])
-    recorder = FactorRecorder(model, threat_model, source, coefficients, generator)
-    estimating = source != "gradient+perturbed_factors"
+    choice("gradient_source", gradient_source, GRADIENT_SOURCES[1:])
+    recorder = FactorRecorder(model, threat_model, gradient_source, coefficients, generator)
+    estimating = gradient_source != "gradient+perturbed_factors"
     hooks = []
     around = ExitStack()
     if isinstance(model, DistributedDataParallel):
@@ -126,7 +127,7 @@ def factor_gradients(
     loss_closure: Callable[[], Tensor],
     *,
     threat_model: ThreatModel | None = None,
-    source: str = "gradient+perturbed_factors",
+    gradient_source: str = "gradient+perturbed_factors",
     parameters: Sequence[Tensor] | None = None,
     create_graph: bool = False,
     generator: torch.Generator | None = None,
@@ -137,13 +138,13 @@ def factor_gradients(
         model: any ``nn.Module``; its Linear and Conv layers are watched through hooks for the duration of the call.
         loss_closure: calls the model (directly or through ``torch.func.functional_call``) and returns a scalar loss.
         threat_model: see :func:`record_factors`.
-        source: see :func:`record_factors`.
+        gradient_source: see :func:`record_factors`.
         parameters: tensors to differentiate by, when not the model's own (``functional_call``).
         create_graph: keep the graph of both streams.
         generator: see :func:`record_factors`.
 
     Returns:
-        ``FactorGradients(loss, gradients, perturbed_factor_gradients)``, entries in the order of the parameters. The second
+        ``FactorGradients(loss, gradients, second_gradients)``, entries in the order of the parameters. The second
         stream carries no coefficient: use it as ``g + c * h``, with ``c`` around 1.5 for the first layer (whose h is in input
         units times epsilon) and around 0.15 for the others; with the adversarial estimate and tangents, around 1 for weights, and
         with tangents 0 for biases and normalisations.
@@ -159,5 +160,5 @@ def factor_gradients(
     if not callable(loss_closure):
         remedy = "write lambda: F.cross_entropy(model(x), y)"
         raise TypeError(message("loss_closure", "a function that computes the loss", type(loss_closure).__name__, remedy))
-    with record_factors(model, threat_model=threat_model, source=source, generator=generator) as recorder:
+    with record_factors(model, threat_model=threat_model, gradient_source=gradient_source, generator=generator) as recorder:
         return recorder.gradients(loss_closure(), parameters, create_graph=create_graph)

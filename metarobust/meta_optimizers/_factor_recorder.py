@@ -27,12 +27,12 @@ class FactorGradients(NamedTuple):
     Attributes:
         loss: the value of the closure, detached.
         gradients: one tensor per parameter.
-        perturbed_factor_gradients: the second stream, likewise.
+        second_gradients: the second stream, likewise.
     """
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
-    perturbed_factor_gradients: tuple[Tensor, ...]
+    second_gradients: tuple[Tensor, ...]
 
 
 class FactorRecorder:
@@ -41,22 +41,22 @@ class FactorRecorder:
     Made by :func:`record_factors`.
 
     Args:
-        model, threat_model, source, coefficients, generator: see :func:`record_factors`.
+        model, threat_model, gradient_source, coefficients, generator: see :func:`record_factors`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         threat_model: ThreatModel,
-        source: str,
+        gradient_source: str,
         coefficients: Mapping[Tensor, float] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.model, self.threat_model, self.source = model, threat_model, source
+        self.model, self.threat_model, self.gradient_source = model, threat_model, gradient_source
         self.coefficients = None if coefficients is None else by_identity(coefficients)
         self._calls: list[LayerCall] = []
         self._place, self._places = 0, dict[nn.Module, int]()
-        tangents = source == "gradient+adversarial_tangent"
+        tangents = gradient_source == "gradient+adversarial_tangent"
         self._second = SecondForward(threat_model, generator) if tangents else None
         self._stand_ins = StandIns(self.coefficients)
         self._logits: Tensor | None = None
@@ -137,7 +137,12 @@ class FactorRecorder:
         require(self._logits is None, "model", "called once inside the recording block", "a second call", remedy)
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         good = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
-        require(good, "model", f"one that returns logits [batch, classes], of two classes or more, for {self.source!r}", shape)
+        require(
+            good,
+            "model",
+            f"one that returns logits [batch, classes], of two classes or more, for {self.gradient_source!r}",
+            shape,
+        )
         self._logits, self._logits_version = output, output._version
 
     def _after_normalize(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -205,7 +210,7 @@ class FactorRecorder:
         wanted = {id(p) for p in targets}
         added: dict[int, Tensor] = {}
         with torch.set_grad_enabled(create_graph), torch.autocast(self._calls[0].inputs.device.type, enabled=False):
-            if self.source == "gradient+perturbed_factors":
+            if self.gradient_source == "gradient+perturbed_factors":
                 terms = scaled_terms(factors, wanted, self.threat_model, self._mix)
             else:
                 slopes, remedy = ends[0] if ends else None, "call the model itself inside the block, not its parts"
@@ -226,7 +231,7 @@ class FactorRecorder:
         return added
 
     def backward(self, loss: Tensor) -> None:
-        """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.perturbed_factor_grad``.
+        """Like ``loss.backward()``: accumulate ``.grad``, and the second stream in ``.second_grad``.
 
         Parameters with a coefficient get the combined gradient in ``.grad``, and no second stream.
         """
@@ -245,12 +250,12 @@ class FactorRecorder:
             h = own.get(id(p))
             # The second stream accumulates only onto the very gradient it was filled with: after any kind of zero_grad, or a
             # plain backward in between, it starts afresh.
-            before = cast("Any", p).perturbed_factor_grad if belongs_to_gradient(p, unchanged=True) else None
+            before = cast("Any", p).second_grad if belongs_to_gradient(p, unchanged=True) else None
             h = h if before is None else before if h is None else before + h
             p.grad = g if p.grad is None else p.grad + g
-            cast("Any", p).perturbed_factor_grad = h
-            cast("Any", p).perturbed_factor_origin = Origin(
-                p.grad, p.grad._version, self.threat_model, self.source, id(p) in given
+            cast("Any", p).second_grad = h
+            cast("Any", p).second_grad_origin = Origin(
+                p.grad, p.grad._version, self.threat_model, self.gradient_source, id(p) in given
             )
 
     def release(self) -> None:

@@ -38,7 +38,7 @@ class Origin(NamedTuple):
     gradient: Tensor
     version: int
     threat_model: ThreatModel
-    source: str
+    gradient_source: str
     combined: bool
 
 
@@ -50,7 +50,7 @@ def summed_parts(p: Tensor, *parts: Tensor | None) -> Tensor:
 
 def belongs_to_gradient(p: Tensor, *, unchanged: bool = False) -> bool:
     """Whether the second stream of ``p`` was filled together with its present ``.grad`` (and, if asked, none changed since)."""
-    origin: Origin | None = getattr(p, "perturbed_factor_origin", None)
-    if origin is None or p.grad is None or (getattr(p, "perturbed_factor_grad", None) is None and not origin.combined):
+    origin: Origin | None = getattr(p, "second_grad_origin", None)
+    if origin is None or p.grad is None or (getattr(p, "second_grad", None) is None and not origin.combined):
         return False
     return origin.gradient is p.grad and (not unchanged or origin.version == p.grad._version)

@@ -16,9 +16,11 @@ KINDS: dict[str, type[LSTMOptimizer] | type[InterpretableOptimizer]] = {
 def check_source(meta_optimizer: MetaOptimizer, task: Any, where: str) -> None:
     """Refuse a task with another second stream than the rule is told to read: the file would name the wrong one."""
     if meta_optimizer.two_streams:
-        source, own = getattr(task, "source", None), meta_optimizer.gradient_source
+        source, own = getattr(task, "gradient_source", None), meta_optimizer.gradient_source
         remedy = f"or give the rule gradient_source={source!r}"
-        require(source in (own, "gradient", None), where, f"tasks with source={own!r}, like the rule", repr(source), remedy)
+        require(
+            source in (own, "gradient", None), where, f"tasks with gradient_source={own!r}, like the rule", repr(source), remedy
+        )
 
 
 def check_meta_optimizer(value: object) -> None:

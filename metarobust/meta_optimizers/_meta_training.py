@@ -32,7 +32,7 @@ class MetaTrainingSettings:
     """What determines a meta-training run, besides the tasks; stored in its record and its checkpoint.
 
     Args:
-        iterations, total_steps, unroll, slots, learning_rate, gradient_clip, loss_cap, late_weight, meta_loss_every, seed: as in
+        iterations, total_steps, unroll, slots, learning_rate, clip_norm, loss_cap, late_weight, meta_loss_every, seed: as in
             `meta_train`.
         estimator, noise, shortest_steps, curriculum, tasks_per_step, recompute_every: likewise.
     """
@@ -42,7 +42,7 @@ class MetaTrainingSettings:
     unroll: int
     slots: int
     learning_rate: float
-    gradient_clip: float
+    clip_norm: float
     loss_cap: float
     late_weight: float
     meta_loss_every: int
@@ -64,7 +64,7 @@ class MetaTrainingSettings:
         rate (ours decays to zero).
         """
         return cls(
-            iterations=iterations, total_steps=480, unroll=20, slots=1, learning_rate=1e-2, gradient_clip=1e6, loss_cap=1e6,
+            iterations=iterations, total_steps=480, unroll=20, slots=1, learning_rate=1e-2, clip_norm=1e6, loss_cap=1e6,
             late_weight=0.0, meta_loss_every=1, estimator="first_order", seed=0,
         )  # fmt: skip
 
@@ -72,7 +72,7 @@ class MetaTrainingSettings:
         for name in ("iterations", "total_steps", "unroll", "slots", "meta_loss_every", "tasks_per_step"):
             integer(name, getattr(self, name), least=1)
         integer("seed", self.seed, least=0)
-        for name in ("learning_rate", "gradient_clip", "loss_cap"):
+        for name in ("learning_rate", "clip_norm", "loss_cap"):
             finite(name, getattr(self, name), above=0.0)
         finite("late_weight", self.late_weight, least=0.0)
         choice("estimator", self.estimator, ESTIMATORS)
@@ -125,7 +125,7 @@ def meta_train(
     unroll: int = 20,
     slots: int = 4,
     learning_rate: float = 5e-3,
-    gradient_clip: float = 1.0,
+    clip_norm: float = 1.0,
     loss_cap: float = 10.0,
     late_weight: float = 1.0,
     meta_loss_every: int = 5,
@@ -138,7 +138,8 @@ def meta_train(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
-    report: Callable[[int, float], None] | None = None,
+    silent: bool = False,
+    on_iteration: Callable[[int, float], object] | None = None,
 ) -> MetaTraining:
     """Train a meta-optimizer through the training runs that it drives (truncated back-propagation through time).
 
@@ -158,7 +159,7 @@ def meta_train(
         unroll: optimizee steps between two cuts of the graph, K.
         slots: tasks in progress at the same time.
         learning_rate: of the meta-level Adam.
-        gradient_clip: largest Euclidean norm of a meta-gradient.
+        clip_norm: largest Euclidean norm of a meta-gradient.
         loss_cap: a meta-loss above this counts as this and gives no gradient.
         late_weight: within an unroll, a meta-loss at age t has weight ``0.3 + late_weight * t / T`` over the unroll's sum.
         meta_loss_every: optimizee steps between two evaluations of the meta-loss; the last step of an unroll always counts.
@@ -177,7 +178,8 @@ def meta_train(
         checkpoint: file that the run's whole state goes to, atomically; when it exists, the run resumes from it and ends with
             bit-identical parameters.
         checkpoint_every: iterations between two checkpoints.
-        report: called with (iteration, meta-loss) after each iteration; default: a progress bar when in a terminal.
+        silent: no progress bar; there is none either when standard error is no terminal.
+        on_iteration: called with (iteration, meta-loss) after each iteration.
 
     Raises:
         FloatingPointError: the meta-loss or its gradient is not finite.
@@ -189,7 +191,7 @@ def meta_train(
         unroll=unroll,
         slots=slots,
         learning_rate=learning_rate,
-        gradient_clip=gradient_clip,
+        clip_norm=clip_norm,
         loss_cap=loss_cap,
         late_weight=late_weight,
         meta_loss_every=meta_loss_every,
@@ -212,13 +214,13 @@ def meta_train(
     path = None if checkpoint is None else Path(f"{checkpoint}.rank{rank()}" if rank() else checkpoint)
     if path is not None and path.exists():
         load_run(path, run)
-    with progress_bar("meta-training", iterations, silent=report is not None or rank() > 0) as advance:
+    with progress_bar("meta-training", iterations, silent=silent or rank() > 0) as advance:
         advance(len(run.losses))
         while len(run.losses) < iterations:
             loss = run.advance()
             advance(1, f"meta-loss {loss:.3f}")
-            if report is not None:
-                report(len(run.losses), loss)
+            if on_iteration is not None:
+                on_iteration(len(run.losses), loss)
             if path is not None and (len(run.losses) % checkpoint_every == 0 or len(run.losses) == iterations):
                 save_run(path, run)
     meta_optimizer.record = {"meta_training": asdict(settings), "final_meta_loss": _recent(run.losses)} | {
@@ -312,7 +314,7 @@ class MetaTrainingRun:
                 f"{norm.item():.4g} in iteration {iteration + 1} (task age {age}); start a new run with a lower "
                 "learning_rate or unroll, or with another seed"
             )
-        factor = min(1.0, settings.gradient_clip / max(norm.item(), 1e-12))
+        factor = min(1.0, settings.clip_norm / max(norm.item(), 1e-12))
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g * factor
         for group in self.adam.param_groups:

@@ -91,7 +91,8 @@ def meta_search(
     final_draws: int = 3,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
-    report: Callable[[int, Generation], None] | None = None,
+    silent: bool = False,
+    on_generation: Callable[[int, Generation], object] | None = None,
 ) -> list[Generation]:
     """Move a meta-optimizer along a few named directions to where whole training runs end best (cross-entropy method).
 
@@ -119,7 +120,8 @@ def meta_search(
         seed: of all randomness here.
         checkpoint: file that mean and spread go to after each generation, atomically; when it exists, the search goes on from
             it and ends with the same numbers as without a stop.
-        report: called with (generation, what it found); default: a progress bar when in a terminal.
+        silent: no progress bar; there is none either when standard error is no terminal.
+        on_generation: called with (generation, what it found) after each generation.
 
     Raises:
         ValueError: an unknown knob, a setting out of range, or the checkpoint belongs to a search with other settings.
@@ -158,7 +160,7 @@ def meta_search(
         meta_optimizer.turn(dict(zip(spreads, by.tolist(), strict=True)))
 
     try:
-        with progress_bar("meta-search", generations, silent=report is not None or rank() > 0) as advance:
+        with progress_bar("meta-search", generations, silent=silent or rank() > 0) as advance:
             advance(len(history))
             while len(history) < generations:
                 draw = torch.Generator().manual_seed(1_000_003 * seed + len(history))
@@ -180,8 +182,8 @@ def meta_search(
                 told = (scores.max().item(), scores[-1].item(), scores.median().item())
                 history.append(Generation(*told, dict(zip(spreads, mean.tolist(), strict=True))))
                 advance(1, f"score {scores[-1]:.3f}")
-                if report is not None:
-                    report(len(history), history[-1])
+                if on_generation is not None:
+                    on_generation(len(history), history[-1])
                 if path is not None and rank() == 0:
                     _write(path, identity, mean, spread, history, threat_models)
         ends = {"start": torch.zeros_like(mean), "end": mean}

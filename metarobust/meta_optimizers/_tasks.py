@@ -26,13 +26,13 @@ class ClassificationTask:
         build: makes one freshly initialised model; it runs in evaluation mode (no dropout).
         dataset: the pool that subsets and judging examples come from.
         subsets: indices of each copy's training examples, ``[optimizees, examples]``.
-        threat_model: perturbation of the second stream's factors, see ``factor_gradients``; None leaves the stream out
-            (zeros, at no cost).
+        threat_model: perturbation of the second stream's factors, see ``factor_gradients``.
         meta_attack: moves the judging examples; None judges on clean ones.
         meta_objective: in place of the cross-entropy on examples that ``meta_attack`` moved, any robust objective of
             :mod:`metarobust.objectives` as the meta-loss; accuracies are still judged under ``meta_attack``. ARMOR, which weighs
             examples against each other, weighs those of all copies together, and its one number counts for each copy.
-        source: which second stream, see ``record_factors``; the meta-optimizer's ``gradient_source``.
+        gradient_source: that of the meta-optimizer, see ``record_factors``; ``"gradient"`` leaves the second stream out
+            (zeros, at no cost), and so does a ``threat_model`` of None.
         training_attack: moves the training examples too: adversarial training, or the paper's own regime.
         batch_size: training examples per step and copy, drawn without replacement; at most the subset's size.
         meta_batch_size: judging examples per evaluation and copy.
@@ -48,7 +48,7 @@ class ClassificationTask:
         dataset: LabelledImages,
         subsets: Tensor,
         threat_model: ThreatModel | None,
-        source: str = "gradient+perturbed_factors",
+        gradient_source: str = "gradient+perturbed_factors",
         meta_attack: Attack | None = None,
         meta_objective: RobustLoss | None = None,
         training_attack: Attack | None = None,
@@ -78,9 +78,9 @@ class ClassificationTask:
         distinct = all(len(row.unique()) == len(row) for row in subsets)
         require(distinct, "subsets", "such that a copy's examples are distinct", "repeated indices")
         require(remaining > 0, "subsets", f"smaller than the data set (={len(dataset)} examples)", self.examples)
-        choice("source", source, GRADIENT_SOURCES[1:])
+        choice("gradient_source", gradient_source, GRADIENT_SOURCES)
         self.build, self.dataset, self.subsets, self.threat_model = build, dataset, subsets, threat_model
-        self.source = "gradient" if threat_model is None else source
+        self.gradient_source = "gradient" if threat_model is None else gradient_source
         self.meta_attack, self.meta_objective, self.training_attack = meta_attack, meta_objective, training_attack
         self.batch_size = min(batch_size, self.examples)
         self.meta_batch_size = min(meta_batch_size, remaining)
@@ -112,16 +112,18 @@ class ClassificationTask:
         model = self.model(parameters)
         if self.training_attack is not None:
             x = self.training_attack(model, x, y, generator=generator)
-        if self.threat_model is None:
+        if self.gradient_source == "gradient" or self.threat_model is None:
             losses = self._losses(model, x, y)
             found = torch.autograd.grad(losses.sum(), parameters, create_graph=create_graph, allow_unused=True)
             gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
             return losses.detach(), Streams(gradients, tuple(torch.zeros_like(g) for g in gradients))
-        watched = record_factors(self._template, threat_model=self.threat_model, source=self.source, generator=generator)
+        watched = record_factors(
+            self._template, threat_model=self.threat_model, gradient_source=self.gradient_source, generator=generator
+        )
         with watched as recorder:
             losses = self._losses(model, x, y)
             found = recorder.gradients(losses.sum(), parameters, create_graph=create_graph)
-        return losses.detach(), Streams(found.gradients, found.perturbed_factor_gradients)
+        return losses.detach(), Streams(found.gradients, found.second_gradients)
 
     def meta_loss(self, parameters: tuple[Tensor, ...], *, generator: torch.Generator) -> Tensor:
         """Loss ``[optimizees]`` on fresh examples: ``meta_objective``, or cross-entropy after ``meta_attack``."""

@@ -21,7 +21,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     """A frozen meta-optimizer as a ``torch.optim.Optimizer``: parameter groups, ``state_dict``, schedulers, ``zero_grad``.
 
     ``step`` reads what `record_factors` filled: ``.grad`` alone for a rule with one stream or one that adds its two, and
-    ``.perturbed_factor_grad`` beside it for others. The tensors of one group are read as one network, in their order.
+    ``.second_grad`` beside it for others. The tensors of one group are read as one network, in their order.
 
     Args:
         params: parameters or parameter groups; a group may have its own ``lr`` and ``total_steps``.
@@ -72,7 +72,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for p in group["params"]:
-                for name in ("perturbed_factor_grad", "perturbed_factor_origin"):
+                for name in ("second_grad", "second_grad_origin"):
                     if getattr(p, name, None) is not None:
                         setattr(p, name, None)
 
@@ -125,23 +125,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if p.grad is None:
             return None
         if belongs_to_gradient(p):
-            origin: Origin = cast("Any", p).perturbed_factor_origin
-            self._compare(origin.threat_model, origin.source)
+            origin: Origin = cast("Any", p).second_grad_origin
+            self._compare(origin.threat_model, origin.gradient_source)
             if self.meta_optimizer.adds_streams or not origin.combined:
-                return cast("Any", p).perturbed_factor_grad
+                return cast("Any", p).second_grad
         raise ValueError(
             message(
                 "parameters",
-                "with a second gradient stream (.perturbed_factor_grad), which this meta-optimizer was trained on",
+                "with a second gradient stream (.second_grad), which this meta-optimizer was trained on",
                 "gradients that were computed without it",
                 "write `with optimizer.record_factors(model, threat_model=...) as recorder: recorder.backward(loss)`",
             )
         )
 
-    def _compare(self, used: ThreatModel, source: str) -> None:
+    def _compare(self, used: ThreatModel, gradient_source: str) -> None:
         own = self.meta_optimizer.gradient_source
         remedy = "write optimizer.record_factors(model, threat_model=...), which takes the right one"
-        require(source == own, "record_factors", f"with source={own!r}, which this meta-optimizer reads", repr(source), remedy)
+        require(
+            gradient_source == own,
+            "record_factors",
+            f"with gradient_source={own!r}, which this meta-optimizer reads",
+            repr(gradient_source),
+            remedy,
+        )
         trained = self.meta_optimizer.record.get("threat_models")
         if trained is not None and not self._warned and not covers(trained, used):
             self._warned = True

@@ -37,7 +37,7 @@ def transformation(optimizer: MetaOptimizer, *, total_steps: int, stacked: bool)
         leaves, structure, layout = layout_for(params)
         two = isinstance(updates, Streams)
         g = _filled(updates.gradients if two else updates, leaves)
-        h = layout.pack(_filled(updates.perturbed_factors, leaves)) if two else None
+        h = layout.pack(_filled(updates.second_gradients, leaves)) if two else None
         rows, new_state = optimizer.step(layout.pack(g), h, state, layout.pack(leaves), layout, total_steps=total_steps)
         return pytree.tree_unflatten(structure, list(layout.unpack(rows))), new_state
 
@@ -90,7 +90,7 @@ def combine_factors(*, first: float, others: float, biases: float | None = None,
             cast("float", biases) if name in small else first if name.startswith("first") else others
             for name in (ROLES[role.role] for role in roles)
         ]
-        streams = zip(updates.gradients, updates.perturbed_factors, coefficients, strict=True)
+        streams = zip(updates.gradients, updates.second_gradients, coefficients, strict=True)
         return tuple(torch.add(g, h, alpha=c) for g, h, c in streams), state
 
     return GradientTransformation(cast("Any", lambda params: EmptyState()), cast("Any", update))

@@ -75,7 +75,7 @@ class UpdateRule(nn.Module):
             model, threat_model, coefficients, generator: see :func:`record_factors`.
         """
         return record_factors(
-            model, threat_model=threat_model, source=self.gradient_source, coefficients=coefficients, generator=generator
+            model, threat_model=threat_model, gradient_source=self.gradient_source, coefficients=coefficients, generator=generator
         )
 
     def combining_coefficients(self, layout: Layout, *, step: int, total_steps: int) -> list[float] | None:

@@ -7,7 +7,7 @@ from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS, Hypergradie
 from metarobust.meta_weighters._meta_step import MetaStep, meta_weighted_step
 from metarobust.meta_weighters._meta_weight_net import MetaWeightNet
 from metarobust.meta_weighters._network import BRANCHES, Weighting, WeightingNetwork
-from metarobust.meta_weighters._radii import Bound, GradientBound
+from metarobust.meta_weighters._radii import GradientBound, PerturbationBound
 from metarobust.meta_weighters._signed_pgd import signed_pgd
 from metarobust.meta_weighters._virtual_update import VirtualUpdate, virtual_update
 
@@ -18,13 +18,13 @@ __all__ = [
     "FRL",
     "HYPERGRADIENTS",
     "ROUTINGS",
-    "Bound",
     "ClassStatistics",
     "GradientBound",
     "HeldOutErrors",
     "Hypergradient",
     "MetaStep",
     "MetaWeightNet",
+    "PerturbationBound",
     "ReMargin",
     "VirtualUpdate",
     "Weighting",

@@ -20,7 +20,7 @@ from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
 from metarobust.meta_weighters._meta_step import routed
 from metarobust.meta_weighters._network import Weighting, WeightingNetwork, check_network
 from metarobust.meta_weighters._optimizer_state import check_optimizer, optimizer_state, restore_optimizer
-from metarobust.meta_weighters._radii import Bound, GradientBound
+from metarobust.meta_weighters._radii import GradientBound, PerturbationBound
 from metarobust.objectives import TRADES
 from metarobust.objectives._common import PairLoss
 from metarobust.threat_models import ThreatModel
@@ -97,7 +97,7 @@ class CAAT(nn.Module):
         (torch.Size([8]), ['adversary', 'anti_adversary', 'meta_gradient', 'meta_loss', 'radius'])
     """
 
-    bound: Bound | None
+    bound: PerturbationBound | None
     calls: Tensor
     meta_told: Tensor
 
@@ -110,7 +110,7 @@ class CAAT(nn.Module):
         class_counts: Sequence[int] | Tensor,
         network: WeightingNetwork | None = None,
         robust_loss: RobustLoss | None = None,
-        bound: Bound | None = None,
+        bound: PerturbationBound | None = None,
         routing: str = "soft",
         meta_every: int | None = 5,
         meta_batch_size: int = 128,

@@ -25,14 +25,14 @@ class Hypergradient(NamedTuple):
     """What `hypergradient` returns, all detached.
 
     Attributes:
-        weights: derivative of the meta-loss in each weight, ``[batch, branches]``.
-        bound: derivative in each bound multiplier, ``[batch]``; None without ``bound``.
+        weights_gradient: derivative of the meta-loss in each weight, ``[batch, branches]``.
+        bound_gradient: in each bound multiplier, ``[batch]``; None without ``bound``.
         meta_loss: after the virtual steps, a scalar.
         parameters: after the virtual steps.
     """
 
-    weights: Tensor
-    bound: Tensor | None
+    weights_gradient: Tensor
+    bound_gradient: Tensor | None
     meta_loss: Tensor
     parameters: Parameters
 
@@ -104,7 +104,7 @@ def hypergradient(
         ...     torch.ones(2, 1),
         ...     update=VirtualUpdate(rule, rule.init(tuple(parameters.values()))),
         ... )
-        >>> found.weights.squeeze(1)  # - 0.1 * x / 2 * 2 * (3 - 0.1 * 1.5)
+        >>> found.weights_gradient.squeeze(1)  # - 0.1 * x / 2 * 2 * (3 - 0.1 * 1.5)
         tensor([-0.2850, -0.5700])
     """
     choice("method", method, HYPERGRADIENTS)
@@ -149,13 +149,13 @@ def hypergradient(
     wanted = [weights] if bound is None else [weights, bound]
     if keep_graph:
         found = torch.autograd.grad(point, wanted, slopes, materialize_grads=True)
-        return final._replace(weights=found[0], bound=None if bound is None else found[1])
+        return final._replace(weights_gradient=found[0], bound_gradient=None if bound is None else found[1])
     moved = [(p, slope) for p, slope in zip(point, slopes, strict=True) if p.requires_grad]
     towards = torch.autograd.grad([p for p, _ in moved], gradients, [slope for _, slope in moved], materialize_grads=True)
     differ = _forward_mode if method == "jvp" else _difference
     with torch.no_grad():
         change = differ(branch_losses, dict(zip(names, (p.detach() for p in start), strict=True)), towards, relative_step)
-    return final._replace(weights=change / size)
+    return final._replace(weights_gradient=change / size)
 
 
 def _forward_mode(branch_losses: BranchLosses, at: Parameters, towards: tuple[Tensor, ...], relative_step: float) -> Tensor:

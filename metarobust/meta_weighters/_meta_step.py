@@ -98,9 +98,9 @@ def meta_weighted_step(
     found = differentiate(
         branch_losses, meta_loss, parameters, used, update=update, bound=bound, method=hypergradient, steps=steps
     )
-    pairs = [(weighting.weights, found.weights.to(weighting.weights))]
-    if weighting.bound is not None and found.bound is not None:
-        pairs.append((weighting.bound, found.bound.to(weighting.bound)))
+    pairs = [(weighting.weights, found.weights_gradient.to(weighting.weights))]
+    if weighting.bound is not None and found.bound_gradient is not None:
+        pairs.append((weighting.bound, found.bound_gradient.to(weighting.bound)))
     weights_of = [p for p in network.parameters() if p.requires_grad]
     gradients = torch.autograd.grad([out for out, _ in pairs], weights_of, [slope for _, slope in pairs], materialize_grads=True)
     gradients = summed(gradients)
@@ -118,7 +118,7 @@ def meta_weighted_step(
     network_optimizer.step()
     network_optimizer.zero_grad()
     before = Weighting(used, None if weighting.bound is None else weighting.bound.detach())
-    return MetaStep(before, found.weights, found.bound, float(found.meta_loss), found.parameters, norm)
+    return MetaStep(before, found.weights_gradient, found.bound_gradient, float(found.meta_loss), found.parameters, norm)
 
 
 def routed(weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from metarobust.meta_weighters._joint import joint_mean
 
 
 @runtime_checkable
-class Bound(Protocol):
+class PerturbationBound(Protocol):
     """Factors of epsilon per example, from what is known of a batch."""
 
     def __call__(self, characteristics: Tensor, y: Tensor) -> Tensor:

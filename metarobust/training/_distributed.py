@@ -1,11 +1,9 @@
-"""The processes that train one model together, and what they tell each other."""
+"""Joining the processes that train one model together."""
 
 import os
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 
 
 def initialise_from_environment() -> torch.device:
@@ -26,42 +24,3 @@ def initialise_from_environment() -> torch.device:
     if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
         distributed.init_process_group("nccl" if gpu else "gloo")
     return device
-
-
-@dataclass(frozen=True)
-class Processes:
-    """How many processes train together, and which of them this is."""
-
-    count: int = 1
-    rank: int = 0
-
-    @classmethod
-    def current(cls) -> "Processes":
-        """Those of ``torch.distributed`` where it is initialised; otherwise this one alone."""
-        if distributed.is_available() and distributed.is_initialized():
-            return cls(distributed.get_world_size(), distributed.get_rank())
-        return cls()
-
-    def share(self, rows: Tensor) -> Tensor:
-        """The part of a joint batch ``[n]`` that this process takes; parts differ in length by at most one."""
-        return rows.tensor_split(self.count)[self.rank]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over the processes, the same bits on each of them; in place."""
-        if self.count > 1:
-            distributed.all_reduce(values)
-        return values
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in the order of the ranks."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
-        distributed.all_gather_object(values, value)
-        return values
-
-    def align_buffers(self, model: nn.Module) -> None:
-        """Give every process the buffers of rank 0 (BatchNorm statistics are local, and so differ)."""
-        if self.count > 1:
-            for buffer in model.buffers():
-                distributed.broadcast(buffer, src=0)

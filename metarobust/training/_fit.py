@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metarobust._checks import finite, integer, message, require
 from metarobust._files import check_writable
+from metarobust._processes import Processes
 from metarobust._progress import progress_bar
 from metarobust.data import LabelledImages
 from metarobust.meta_weighters._branches import evaluation_mode
@@ -24,7 +25,6 @@ from metarobust.training._arguments import (
     check_takes_generator,
 )
 from metarobust.training._checkpoint import Checkpoint, difference, fingerprint
-from metarobust.training._distributed import Processes
 from metarobust.training._objective_call import stateful_part
 from metarobust.training._result import EpochRecord, TrainingResult
 from metarobust.training._run import Plan, TrainingRun

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metarobust._checks import explained_memory, is_out_of_memory, message
-from metarobust.evaluation._inputs import generator_for
+from metarobust._processes import Processes
+from metarobust._randomness import generator_for
 from metarobust.meta_optimizers import FactorRecorder, LearnedOptimizer
-from metarobust.training._distributed import Processes
 from metarobust.training._objective_call import ObjectiveCall, stateful_part
 from metarobust.training._result import EpochRecord, TrainingResult
 from metarobust.training._schedules import Schedule

@@ -309,7 +309,7 @@ ROWS = [
         stepped_without_stream,
         ValueError,
         (
-            "parameters must be with a second gradient stream (.perturbed_factor_grad), which this "
+            "parameters must be with a second gradient stream (.second_grad), which this "
             "meta-optimizer was trained on, got gradients that were computed without it; write `with "
             "optimizer.record_factors(model, threat_model=...) as recorder: recorder.backward(loss)`"
         ),
@@ -380,10 +380,10 @@ ROWS = [
     BadInput(
         "meta_optimizers.factor_gradients",
         "an unknown source",
-        lambda: factors(source="gradient"),
+        lambda: factors(gradient_source="gradient"),
         ValueError,
         (
-            "source must be one of 'gradient+perturbed_factors', 'gradient+adversarial_estimate', "
+            "gradient_source must be one of 'gradient+perturbed_factors', 'gradient+adversarial_estimate', "
             "'gradient+adversarial_tangent', got 'gradient'"
         ),
     ),
@@ -421,10 +421,10 @@ ROWS = [
     BadInput(
         "meta_optimizers.record_factors",
         "an unknown source",
-        lambda: recorded(source="tangent"),
+        lambda: recorded(gradient_source="tangent"),
         ValueError,
         (
-            "source must be one of 'gradient+perturbed_factors', 'gradient+adversarial_estimate', "
+            "gradient_source must be one of 'gradient+perturbed_factors', 'gradient+adversarial_estimate', "
             "'gradient+adversarial_tangent', got 'tangent'"
         ),
     ),
@@ -599,7 +599,7 @@ ROWS = [
             unroll=1,
             slots=1,
             learning_rate=0.1,
-            gradient_clip=1.0,
+            clip_norm=1.0,
             loss_cap=1.0,
             late_weight=0.0,
             meta_loss_every=1,
@@ -670,10 +670,10 @@ ROWS = [
     BadInput(
         "meta_optimizers.meta_train",
         "tasks of another source",
-        lambda: meta_trained(sample=lambda g: task(source="gradient+adversarial_estimate")),
+        lambda: meta_trained(sample=lambda g: task(gradient_source="gradient+adversarial_estimate")),
         ValueError,
         (
-            "sample_task must be tasks with source='gradient+perturbed_factors', like the rule, got "
+            "sample_task must be tasks with gradient_source='gradient+perturbed_factors', like the rule, got "
             "'gradient+adversarial_estimate'; or give the rule gradient_source='gradient+adversarial_estimate'"
         ),
     ),

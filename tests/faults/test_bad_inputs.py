@@ -53,7 +53,7 @@ WITHOUT_A_ROW = {
     "meta_optimizers.LSTMState": RESULT,
     "meta_optimizers.MetaTraining": RESULT,
     "meta_optimizers.gradients_only": NOTHING,
-    "meta_weighters.Bound": PROTOCOL,
+    "meta_weighters.PerturbationBound": PROTOCOL,
     "meta_weighters.HeldOutErrors": RESULT,
     "meta_weighters.Hypergradient": RESULT,
     "meta_weighters.MetaStep": RESULT,

@@ -81,7 +81,7 @@ def meta_training(path: Path) -> Any:
         subsets = torch.randperm(40, generator=generator)[None, :20]
         return ClassificationTask(build=network, dataset=pool, subsets=subsets, threat_model=None, batch_size=5)
 
-    done = meta_train(rule, sample, iterations=2, total_steps=2, unroll=1, slots=2, checkpoint=path, report=lambda *_: None)
+    done = meta_train(rule, sample, iterations=2, total_steps=2, unroll=1, slots=2, checkpoint=path, silent=True)
     return state_of(rule), done.losses
 
 

@@ -141,7 +141,7 @@ def truncations(rule: nn.Module, estimator: str) -> Callable[[], object]:
         unroll=2,
         slots=1,
         learning_rate=0.01,
-        gradient_clip=1.0,
+        clip_norm=1.0,
         loss_cap=10.0,
         late_weight=0.0,
         meta_loss_every=1,
