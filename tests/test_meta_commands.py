@@ -219,7 +219,7 @@ def test_settings_reach_the_meta_training(shell: Shell, monkeypatch: pytest.Monk
     assert seen[0] == {
         "iterations": 7, "total_steps": 30, "shortest_steps": 10, "unroll": 7, "slots": 6, "tasks_per_step": 3,
         "learning_rate": 0.01, "estimator": "second_order", "seed": 5, "checkpoint": Path("kept.here"), "checkpoint_every": 10,
-        "recompute_every": 4,
+        "recompute_every": 4, "silent": True,
     }  # fmt: skip
 
 
