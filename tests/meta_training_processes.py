@@ -50,6 +50,18 @@ def run(estimator: str, checkpoint: Path | None = None, *, stop: int | None = No
         return None
 
 
+def half_lost(path: Path, rank: int) -> str:
+    """The file of rank 1 is gone: what both are told, which is no result that looks whole."""
+    assert run("pes", path, stop=5) is None
+    Path(f"{path}.rank1").unlink(missing_ok=True) if rank else None
+    distributed.barrier()
+    try:
+        run("pes", path)
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
 def outcome(trained: MetaTraining) -> dict[str, Any]:
     """The trained numbers, and the losses on the way."""
     return {"losses": trained.losses, "rule": {name: p.detach() for name, p in trained.meta_optimizer.named_parameters()}}
@@ -67,6 +79,7 @@ def main(folder: Path, rank: int) -> None:
         assert straight is not None
         assert resumed is not None
         found[estimator] = {"straight": outcome(straight), "resumed": outcome(resumed)}
+    found["half lost"] = half_lost(folder / "lost.safetensors", rank)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

@@ -71,6 +71,15 @@ def assert_same(these, those, tolerance=1e-10):
 # Limits ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("settings", [{}, {"natural_weight": 0.5}, {"robust_classes": (0,)}], ids=["", "natural", "classes"])
+def test_a_batch_of_no_examples_has_loss_zero(settings):
+    """As it has for every robust loss, whose mean is then taken by nobody."""
+    attack = PGD(threat_model=ThreatModel(norm="linf", epsilon=0.1), steps=1)
+    x, y = batch()
+    objective = ARMOR(robust_loss=AdversarialTraining(attack=attack), divergence=KL(), radius=0.1, **settings)
+    assert objective(network(), x[:0], y[:0], generator=seeded()).loss.item() == 0
+
+
 @every_loss
 @every_divergence
 def test_radius_zero_is_the_mean_of_the_robust_loss_in_value_and_gradient(robust_loss, divergence):

@@ -439,6 +439,30 @@ def test_a_learned_weighting_goes_inside_other_weightings(around: str, tmp_path:
     assert int(restored.calls) == 4, "and keeps its state in the checkpoint"
 
 
+def test_its_state_is_whole_inside_a_module(tmp_path: Any) -> None:
+    """Temperature and optimizer of the network too, under the name that the module gives it."""
+
+    class Around(nn.Module):
+        def __init__(self, inner: CAAT) -> None:
+            super().__init__()
+            self.inner = inner
+
+    model = network_of()
+    inner = caat(model, meta_every=1, steps=2)
+    inner(model, *batch(), generator=generator())
+    inner.network.temperature = 0.5
+    told = Around(inner).state_dict()
+    assert {name.removeprefix("inner.") for name in told} == inner.state_dict().keys()
+    assert any(name.startswith("inner.network_optimizer.0.") for name in told)
+    other = caat(network_of(), meta_every=1, steps=2)
+    Around(other).load_state_dict(told)
+    assert other.network.temperature == 0.5
+    for name, value in inner.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    with pytest.raises(RuntimeError, match=r'Missing key.*"inner.temperature"'):
+        Around(other).load_state_dict({name: value for name, value in told.items() if not name.endswith("temperature")})
+
+
 def test_a_learned_bound_moves() -> None:
     model, (x, y) = network_of(), batch()
     network = WeightingNetwork(bound_range=(0.25, 4.0), generator=generator(2))

@@ -182,6 +182,18 @@ def test_an_interrupted_search_leaves_the_rule_and_goes_on_bit_by_bit(tmp_path: 
         search(fresh(), tmp_path / "search", clean_weight=2.0)
 
 
+def test_a_search_from_another_start_or_of_knobs_in_another_order_is_another_search(tmp_path: Path) -> None:
+    knobs = {"learning rate": 0.3, "weight decay": 0.2}
+    with pytest.raises(KeyboardInterrupt):
+        search(fresh(), tmp_path / "search", stop=2, knobs=knobs)
+    turned = fresh()
+    turned.turn({"learning rate": 3.0})
+    with pytest.raises(ValueError, match="of a run with the same settings, got start="):
+        search(turned, tmp_path / "search", knobs=knobs)
+    with pytest.raises(ValueError, match="of a run with the same settings, got order="):
+        search(fresh(), tmp_path / "search", knobs=dict(reversed(knobs.items())))
+
+
 def test_an_end_that_is_no_better_on_new_tasks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks are drawn anew for the comparison, and both ends are judged on the same ones."""
     drawn: list[list[int]] = []

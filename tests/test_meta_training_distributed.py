@@ -19,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     )
     assert finished.returncode == 0, finished.stderr
     assert sorted(path.name for path in folder.glob("*.safetensors*")) == sorted(
-        f"{estimator}.safetensors{rank}" for estimator in ESTIMATORS for rank in ("", ".rank1")
+        [f"{estimator}.safetensors{rank}" for estimator in ESTIMATORS for rank in ("", ".rank1")] + ["lost.safetensors"]
     )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -43,3 +43,11 @@ def test_both_resume_bit_by_bit(estimator: str, found: list[dict[str, Any]]) -> 
         straight, resumed = share[estimator]["straight"], share[estimator]["resumed"]
         assert straight["losses"] == resumed["losses"]
         assert all(torch.equal(value, resumed["rule"][name]) for name, value in straight["rule"].items())
+
+
+def test_processes_that_stand_at_different_places_do_not_go_on(found: list[dict[str, Any]]) -> None:
+    for share in found:
+        assert share["half lost"].endswith(
+            "must be as far on in every process, got 4 on rank 0, 0 on rank 1; bring back the files that are missing or behind, "
+            "or delete all of them to start again"
+        )

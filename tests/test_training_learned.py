@@ -14,7 +14,7 @@ from metarobust.attacks import BETA, PGD
 from metarobust.divergences import KL
 from metarobust.meta_optimizers import InterpretableOptimizer, LSTMOptimizer
 from metarobust.models import mlp
-from metarobust.objectives import ARMOR, MART, TRADES, AdversarialTraining
+from metarobust.objectives import ARMOR, MART, TRADES, AdversarialTraining, ClassWeighted, LogitAdjusted
 from metarobust.threat_models import ThreatModel
 from metarobust.training import fit
 
@@ -113,6 +113,11 @@ def test_what_does_not_fit_together_is_a_sentence() -> None:
             trained(rule, objective)
     with pytest.raises(ValueError, match="leave it out: the rule clamps its updates"):
         trained(apart, AdversarialTraining(attack=ATTACK), clip_norm=1.0)
+    adjusted = LogitAdjusted(robust_loss=AdversarialTraining(attack=ATTACK), class_counts=(5, 5, 5))
+    for objective in (adjusted, ClassWeighted(robust_loss=adjusted, class_weights=(1.0, 1.0, 1.0))):
+        with pytest.raises(ValueError, match="of the model's own logits for 'gradient.adversarial_tangent', got one of adjusted"):
+            trained(rule, objective)
+    assert all(p.isfinite().all() for p in trained(rule_of(InterpretableOptimizer, "gradient+perturbed_factors"), adjusted))
     model = network()
     optimizer = rule.torch_optimizer(model.parameters(), total_steps=6)
     with pytest.raises(ValueError, match=r"threat_model=ThreatModel\(...\)"):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -238,6 +239,29 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path: Path
     with pytest.raises(ValueError, match=r"objective AdversarialTraining\(.* there and TRADES"):
         train(model, TRADES(threat_model=THREAT_MODEL), **arguments)
     assert path.read_bytes() == kept
+
+
+def test_the_same_function_is_told_alike_wherever_it_stands() -> None:
+    """Not by the order of a set, which the hash seed decides, nor by the line it is written in; but by all that it computes."""
+    text = "def f(x, g):\n    return [row.flip(0) if 'a' in {'a', 'b', 'c', 'd'} else row for row in x]"
+    script = (
+        "from metarobust.training._checkpoint import _told_function\n"
+        "import sys\nspace = {}\nexec(compile(sys.argv[1], sys.argv[2], 'exec'), space)\nprint(_told_function(space['f']))"
+    )
+    told = []
+    for seed, source in (("1", text), ("2", text), ("3", "# a comment\n\n" + text), ("4", text.replace("flip", "roll"))):
+        command = [sys.executable, "-c", script, source, f"{seed}.py"]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        told.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert told[0] == told[1] == told[2] != told[3]
+
+    def again(n: int) -> int:
+        return n and again(n - 1)
+
+    def others(n: int) -> int:
+        return n and others(n - 2)
+
+    assert checkpoint_module._told_function(again).split()[-1] != checkpoint_module._told_function(others).split()[-1]
 
 
 def test_a_damaged_file_is_refused_and_executes_nothing(tmp_path: Path) -> None:

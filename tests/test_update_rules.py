@@ -216,6 +216,23 @@ def test_torch_optimizer_groups_schedulers_and_zero_grad() -> None:
     assert all(p.second_grad is None for p in parameters)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [LSTMOptimizer, InterpretableOptimizer])
+def test_a_parameter_without_a_gradient_stays(kind: type[MetaOptimizer], dtype: torch.dtype) -> None:
+    """As in torch.optim, in place and through the transformation: a frozen tensor, and one that the loss does not reach."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 2)).to(dtype)
+    model[0].weight.requires_grad_(False)
+    optimizer = kind(gradient_source="gradient").torch_optimizer(model.parameters(), total_steps=10)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model[:3](torch.rand(5, 4, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, True, True, True, False, False]
+
+
 def test_torch_optimizer_equals_the_transformation() -> None:
     torch.manual_seed(0)
     learned = LSTMOptimizer()

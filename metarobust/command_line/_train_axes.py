@@ -67,6 +67,9 @@ def check_learned_update(flags: "Train", *, two_streams: bool) -> None:
     if flags.loss in LOOKING_AHEAD:
         reason = "whose meta-steps look ahead along a step of it"
         raise ValueError(f"--update must be sgd, adam or adamw for {flags.loss}, {reason}, got {flags.update}")
+    if two_streams and flags.class_weights == "logit-adjusted":
+        reason = "which reads the model's own logits"
+        raise ValueError(f"--class-weights must be none or balanced for --update {flags.update}, {reason}, got logit-adjusted")
     mixed = flags.natural_weight or flags.robust_classes
     if two_streams and (flags.loss not in ("at", "udr") or flags.objective == "armor-udr" or mixed):
         what = "--natural-weight and --robust-classes, which add clean examples" if mixed else f"--objective {flags.objective}"

@@ -164,7 +164,8 @@ class FactorRecorder:
         targets = tuple(p for p in self.model.parameters() if p.requires_grad) if parameters is None else tuple(parameters)
         found, added = self._differentiate(loss, targets, create_graph=create_graph)
         gradients = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(targets, found, strict=True))
-        return FactorGradients(loss, gradients, tuple(added[id(p)] if id(p) in added else torch.zeros_like(p) for p in targets))
+        seconds = tuple(added[id(p)] if id(p) in added else torch.zeros_like(p) for p in targets)
+        return FactorGradients(loss.detach(), gradients, seconds)
 
     def _differentiate(
         self, loss: Tensor, targets: Sequence[Tensor], *, create_graph: bool = False

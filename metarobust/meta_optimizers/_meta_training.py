@@ -18,7 +18,7 @@ from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
 from metarobust.meta_optimizers._kinds import MetaOptimizer, check_meta_optimizer, check_source
-from metarobust.meta_optimizers._resume import load_run, save_run
+from metarobust.meta_optimizers._resume import load_run, require_same_progress, save_run
 from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import reading_streams
 from metarobust.types import Task
@@ -214,6 +214,7 @@ def meta_train(
     path = None if checkpoint is None else Path(f"{checkpoint}.rank{rank()}" if rank() else checkpoint)
     if path is not None and path.exists():
         load_run(path, run)
+    require_same_progress(checkpoint, len(run.losses))
     with progress_bar("meta-training", iterations, silent=silent or rank() > 0) as advance:
         advance(len(run.losses))
         while len(run.losses) < iterations:

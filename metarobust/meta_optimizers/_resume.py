@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchopt import pytree
 
 from metarobust._checks import message, require
-from metarobust._processes import processes
+from metarobust._processes import Processes, processes
 from metarobust._tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -99,6 +100,14 @@ def require_same_settings(path: Path, mine: dict[str, Any], theirs: Any) -> None
     shown = ", ".join(shorten(f"{k}={theirs.get(k)!r} there and {mine.get(k)!r} here", LONGEST) for k in differing)
     remedy = "use the same settings or another path"
     require(not differing, f"checkpoint {path}", "of a run with the same settings", shown, remedy)
+
+
+def require_same_progress(checkpoint: str | PathLike[str] | None, done: int) -> None:
+    """Refuse to go on where the processes stand at different places: each has a file of its own, and one may be missing."""
+    counts = Processes.current().gather(done)
+    remedy = "bring back the files that are missing or behind, or delete all of them to start again"
+    told = ", ".join(f"{count} on rank {rank}" for rank, count in enumerate(counts))
+    require(len(set(counts)) == 1, f"checkpoint {checkpoint}", "as far on in every process", told, remedy)
 
 
 @contextmanager

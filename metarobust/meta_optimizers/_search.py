@@ -17,10 +17,11 @@ from metarobust._files import check_writable
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
 from metarobust._tensor_files import read_tensors, write_tensors
+from metarobust._tensors import digest
 from metarobust.meta_optimizers._calibration import train_optimizees
 from metarobust.meta_optimizers._interpretable import InterpretableOptimizer
 from metarobust.meta_optimizers._kinds import check_source
-from metarobust.meta_optimizers._resume import REMEDY, only_sentences, require_same_settings
+from metarobust.meta_optimizers._resume import REMEDY, only_sentences, require_same_progress, require_same_settings
 from metarobust.meta_optimizers._tasks import ClassificationTask
 from metarobust.meta_optimizers._training_record import widened
 from metarobust.meta_optimizers._transformation import reading_streams
@@ -149,9 +150,11 @@ def meta_search(
     mean, spread, history = torch.zeros_like(first), first.clone(), list[Generation]()
     threat_models: dict[str, Any] | None = None
     path = None if checkpoint is None else Path(checkpoint)
-    identity = asdict(settings) | {"knobs": spreads, "optimizer": meta_optimizer.settings}
+    identity = asdict(settings) | {"knobs": spreads, "order": list(spreads), "optimizer": meta_optimizer.settings}
+    identity["start"] = digest(*start.values())
     if path is not None and path.exists():
         mean, spread, history, threat_models = _resumed(path, identity)
+    require_same_progress(checkpoint, len(history))
 
     def move(by: Tensor) -> None:
         with torch.no_grad():

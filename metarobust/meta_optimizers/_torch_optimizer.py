@@ -104,10 +104,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state: Any = self.meta_optimizer.State.from_dict(holder)
         total_steps = group["total_steps"]
         if all(p.dtype == own.dtype for p in params) and self.meta_optimizer.steps_in_place(params):
+            left = [(p, p.clone()) for p in params if p.grad is None]  # as in torch.optim: no gradient, no step
             state = self.meta_optimizer.step_in_place(
                 params, gradients, seconds, state, layout, total_steps=total_steps, lr=group["lr"]
             )
             holder.update(state.to_dict())
+            for p, before in left:
+                p.copy_(before)
             return
         g = layout.pack(gradients).to(own.dtype)
         h = None
@@ -118,7 +121,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         updates, state = self.meta_optimizer.step(g, h, state, rows, layout, total_steps=total_steps)
         holder.update(state.to_dict())
         for p, update in zip(params, layout.unpack(updates), strict=True):
-            p.add_(update.to(p.dtype), alpha=group["lr"])
+            if p.grad is not None:
+                p.add_(update.to(p.dtype), alpha=group["lr"])
 
     def _second_stream(self, p: Tensor) -> Tensor | None:
         """The second stream of a parameter; None where the gradient is the combined one already, or missing."""

@@ -198,20 +198,22 @@ class CAAT(nn.Module):
             errors = held_out_errors(model, x, y, classes=classes, attack=attack, generator=generator)
             self.bound.start_epoch(errors, epoch=epoch)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Buffers and parameters, the temperature, and the state of the network's optimizer, all tensors."""
-        found = dict(super().state_dict(*args, **kwargs))
-        found["temperature"] = torch.tensor(self.network.temperature, dtype=torch.float64)
-        found |= optimizer_state("network_optimizer.", self.network_optimizer)
-        return found
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Beside buffers and parameters the temperature and the state of the network's optimizer, all tensors."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}temperature"] = torch.tensor(self.network.temperature, dtype=torch.float64)
+        destination.update(optimizer_state(f"{prefix}network_optimizer.", self.network_optimizer))
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Take over what `state_dict` gave."""
-        own = {name: value for name, value in state_dict.items() if not name.startswith(("network_optimizer.", "temperature"))}
-        found = super().load_state_dict(own, strict=strict, assign=assign)
-        self.network.temperature = float(state_dict["temperature"])
-        restore_optimizer("network_optimizer.", self.network_optimizer, state_dict)
-        return found
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        _, _, missing, unexpected, _ = args
+        own = (f"{prefix}temperature", f"{prefix}network_optimizer.")
+        unexpected[:] = [name for name in unexpected if not name.startswith(own)]
+        if own[0] in state_dict:
+            self.network.temperature = float(state_dict[own[0]])
+            restore_optimizer(own[1], self.network_optimizer, state_dict)
+        else:
+            missing.append(own[0])
 
     def forward(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return one loss per example, ``[batch]``; every ``meta_every`` calls, move the network first."""

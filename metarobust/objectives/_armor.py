@@ -289,7 +289,7 @@ class ARMOR:
             value = worst.value * (len(chosen) / len(joint))
             worst = WorstCase(worst.value.detach(), worst.weights.detach(), *worst[2:])
         robust_part = value + (others[:, 3].sum() / len(joint) if len(others) else 0)
-        mean = joint[:, 3].mean()
+        mean = joint[:, 3].sum() / max(1, len(joint))  # of no examples at all: 0, as the worst case is
         if natural_needed and not math.isfinite(float(mean.detach())):
             _refuse_broken("natural", natural, torch.arange(len(natural)))
             raise FloatingPointError("a natural loss is NaN or infinite in another process; it names the row")

@@ -13,6 +13,7 @@ from metarobust._checks import choice, finite, message, require
 from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import placement
 from metarobust.meta_optimizers import LearnedOptimizer
+from metarobust.objectives import LogitAdjusted
 
 PRECISIONS = ("bfloat16", "float16")
 
@@ -100,12 +101,17 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
         require("lr" in group, "optimizer", "one with a learning rate 'lr' in each group", f"the entries {sorted(group)}")
 
 
-def check_second_stream(optimizer: Any, clip_norm: Any, amp: Any) -> None:
+def check_second_stream(optimizer: Any, objective: Any, clip_norm: Any, amp: Any) -> None:
     """Check what a learned optimizer with a second stream needs."""
     if not isinstance(optimizer, LearnedOptimizer) or not optimizer.meta_optimizer.two_streams:
         return
     known, remedy = optimizer.threat_model is not None, "write torch_optimizer(..., threat_model=ThreatModel(...))"
     require(known, "optimizer", "one that knows the ball of its second stream", "threat_model=None", remedy)
+    source = optimizer.meta_optimizer.gradient_source
+    while objective is not None and source != "gradient+perturbed_factors":
+        expected, remedy = f"one of the model's own logits for {source!r}", "leave LogitAdjusted out, or take another optimizer"
+        require(not isinstance(objective, LogitAdjusted), "objective", expected, "one of adjusted logits", remedy)
+        objective = getattr(objective, "robust_loss", None)
     if optimizer.meta_optimizer.adds_streams:
         return
     rule = f"{type(optimizer.meta_optimizer).__name__}, which reads two streams apart"

@@ -3,8 +3,10 @@
 import hashlib
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from types import CodeType
 from typing import Any
 
 import torch
@@ -193,12 +195,25 @@ def difference(name: str, theirs: Any, mine: Any) -> str:
 def _told_function(function: Any) -> str:
     """The repr of a configuration; for a plain function also a digest of its code, constants and closure."""
     told = without_addresses(repr(function))
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return told
-    closure = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
-    parts = (code.co_names, code.co_consts, function.__defaults__, function.__kwdefaults__, closure)
-    return f"{told} {_short_digest(code.co_code.hex() + without_addresses(repr(parts)))}"
+    return told if getattr(function, "__code__", None) is None else f"{told} {_short_digest(_told_part(function))}"
+
+
+def _told_part(part: Any, around: tuple[Any, ...] = ()) -> str:
+    """A part of a function in words that are the same in every process: no addresses, places in files, or order of a set."""
+    if any(part is outer for outer in around):  # a function that calls itself
+        return "itself"
+    told = partial(_told_part, around=(*around, part))
+    code = getattr(part, "__code__", None)
+    if code is not None:
+        closure = [cell.cell_contents for cell in part.__closure__ or ()]
+        return told((code, part.__defaults__, part.__kwdefaults__, closure))
+    if isinstance(part, CodeType):
+        return part.co_code.hex() + told((part.co_names, part.co_consts))
+    if isinstance(part, (tuple, list)):
+        return f"{type(part).__name__}({', '.join(map(told, part))})"
+    if isinstance(part, (set, frozenset)):
+        return f"{type(part).__name__}({', '.join(sorted(map(told, part)))})"
+    return without_addresses(repr(part))
 
 
 def _short_digest(text: str) -> str:

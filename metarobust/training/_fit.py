@@ -153,7 +153,7 @@ def fit(
         x, y = check_data("data", data, model)
         checked_validation = None if validation is None else check_data("validation", validation, model)
     check_optimizer(optimizer, model)
-    check_second_stream(optimizer, clip_norm, amp)
+    check_second_stream(optimizer, objective, clip_norm, amp)
     theirs = getattr(stateful_part(objective), "optimizer", optimizer)
     expected = "the one that the objective was given, whose next step it reads"
     require(theirs is optimizer, "optimizer", expected, "another", "pass the same object to both")
