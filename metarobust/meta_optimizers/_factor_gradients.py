@@ -50,7 +50,8 @@ def record_factors(
             the one it was trained with. Default: l_inf, 8/255.
         gradient_source: the second stream. ``"gradient+perturbed_factors"``: the weight gradient with its input factor
             replaced by that factor's scaled worst move. ``"gradient+adversarial_estimate"``: the estimated change of the
-            gradient at the adversarial examples, for cross-entropy on the model's output ``[batch, classes]``; biases and
+            gradient at the adversarial examples, for cross-entropy on the model's output ``[batch, classes]`` (logits that are
+            adjusted behind the model are not its output: adjust them in the model); biases and
             normalisations have one too (docs/transfer.md). ``"gradient+adversarial_tangent"``: a better one, from the tangent
             of all activations along the worst move of the input, by another forward pass a small step along it (a third of a
             pass; a hundredth of the move in float32, nearly all of it in half precision and on GPUs that round float32). Both
