@@ -10,6 +10,7 @@ and a few files of the tests. Once, pyright reads the types of the installed whe
 """
 
 import argparse
+import email
 import os
 import shutil
 import subprocess
@@ -110,6 +111,14 @@ def build(folder: Path) -> Path:
     return wheel
 
 
+def requirements(wheel: Path) -> list[str]:
+    """What the wheel asks for, without its extras; `lowest-direct` lowers only what is asked for by name."""
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    told = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []
+    return [line for line in told if "extra ==" not in line]
+
+
 def check(wheel: Path, python: str, resolution: str, folder: Path) -> str:
     """What a fresh environment says; `Failed` if anything does not hold."""
     environment, work = folder / "environment", folder / "work"
@@ -122,7 +131,7 @@ def check(wheel: Path, python: str, resolution: str, folder: Path) -> str:
         raise
     interpreter = str(environment / "bin" / "python")
     install = ("uv", "pip", "install", "--quiet", "--python", interpreter, "--only-binary", ":all:")
-    run(*install, "--resolution", resolution, str(wheel), cwd=work)
+    run(*install, "--resolution", resolution, str(wheel), *requirements(wheel), cwd=work)
     program = str(environment / "bin" / "metarobust")
     told = run(program, "--version", cwd=work).stdout
     said = run(program, "demo", "--quick", "--out", str(work / "demo"), cwd=work, expect=2).stderr.strip()
@@ -136,6 +145,9 @@ def check(wheel: Path, python: str, resolution: str, folder: Path) -> str:
     shutil.copy(ROOT / "conftest.py", work)
     passed = run(interpreter, "-m", "pytest", "-q", "tests", cwd=work).stdout.strip().splitlines()[-1]
     torch = next(word for word in told.replace(",", " ").split("torch ", 1)[1].split())
+    bound = next(line for line in requirements(wheel) if line.startswith("torch>=")).removeprefix("torch>=")
+    if resolution == "lowest-direct" and not torch.startswith(bound):
+        raise Failed(f"the lowest torch is {bound}, but {torch} was installed")
     return f"passed with torch {torch}: {passed.strip('= ')}"
 
 
