@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import tempfile
@@ -84,6 +85,24 @@ def _remove_abandoned(path: Path) -> None:
                 os.unlink(found)
             finally:
                 os.close(descriptor)
+
+
+def json_text(content: Any, *, indent: int = 2) -> str:
+    """``content`` as a JSON file holds it; numbers that JSON lacks, NaN and the infinities, become null.
+
+    Example:
+        >>> json_text({"loss": float("nan")}, indent=0)
+        '{\\n"loss": null\\n}\\n'
+    """
+    return json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

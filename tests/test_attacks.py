@@ -12,8 +12,22 @@ import torch
 import torchopt
 from torch import nn
 
-from metarobust.attacks import APGD, BETA, FGSM, PGD, Alternating, Square, TransportAscent, Unrolled, WorstCase, count_calls
+from metarobust import losses
+from metarobust.attacks import (
+    APGD,
+    BETA,
+    FGSM,
+    PGD,
+    Alternating,
+    RandomRoundingFGSM,
+    Square,
+    TransportAscent,
+    Unrolled,
+    WorstCase,
+    count_calls,
+)
 from metarobust.losses import cross_entropy, margin
+from metarobust.objectives import AdversarialTraining
 from metarobust.threat_models import ThreatModel
 from metarobust.transport_costs import HardBall, SoftHinge
 from metarobust.types import Attack
@@ -678,3 +692,35 @@ def test_a_restart_that_fools_the_model_beats_one_with_a_larger_loss() -> None:
     attack = PGD(threat_model=threat_model, steps=1, step_size=1e-9, restarts=8, loss=first_pixel)
     moved = attack(model, x, y, generator=torch.Generator().manual_seed(0))
     assert (model(moved).argmax(1) != y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss: FGSM(threat_model=ThreatModel(epsilon=0.1), loss=loss),
+        lambda loss: PGD(threat_model=ThreatModel(epsilon=0.1), steps=2, restarts=2, loss=loss),
+        lambda loss: APGD(threat_model=ThreatModel(epsilon=0.1), steps=2, loss=loss),
+        lambda loss: Square(threat_model=ThreatModel(epsilon=0.1), queries=3, loss=loss),
+        lambda loss: TransportAscent(transport_cost=HardBall(threat_model=ThreatModel(epsilon=0.1)), steps=2, loss=loss),
+        lambda loss: Unrolled(threat_model=ThreatModel(epsilon=0.1), update_rule=torchopt.sgd(lr=0.1), steps=2, loss=loss),
+        lambda loss: RandomRoundingFGSM(steps=2, loss=loss),
+        lambda loss: AdversarialTraining(attack=FGSM(threat_model=ThreatModel(epsilon=0.1), loss=loss), loss=loss),
+    ],
+    ids=["FGSM", "PGD", "APGD", "Square", "TransportAscent", "Unrolled", "RandomRoundingFGSM", "AdversarialTraining"],
+)
+def test_the_signature_of_a_loss_is_looked_at_when_it_is_given_and_not_in_every_step(make, monkeypatch):
+    looks, original = [], losses.takes
+
+    def watched(*arguments):
+        looks.append(arguments)
+        original(*arguments)
+
+    monkeypatch.setattr(losses, "takes", watched)
+    made = make(lambda logits, y: cross_entropy(logits, y) / 2)
+    assert looks
+    looks.clear()
+    x = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]).reshape(2, 1, 2, 2)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    for _ in range(2):
+        made(model, x, torch.tensor([0, 1]), generator=torch.Generator().manual_seed(0))
+    assert looks == []

@@ -2,7 +2,7 @@
 
 import math
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -474,6 +474,63 @@ def test_a_learned_bound_moves() -> None:
         objective(model, x, y)
     assert first == pytest.approx(0.1, rel=0.2)
     assert objective.diagnostics["radius"] != pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"routing": "soft"}, {"bound": GradientBound()}, {"reads_loss": True}], ids=str)
+def test_a_batch_without_examples_has_no_means_to_tell(settings: dict[str, Any]) -> None:
+    model, (x, y) = network_of(), batch()
+    if "reads_loss" in settings:
+        settings = settings | {"routing": "soft", "network": WeightingNetwork(inputs=1, branches=("adversary",))}
+    objective = caat(model, meta_every=2, **settings)
+    objective(model, x, y)
+    full = objective.diagnostics
+    assert objective(model, x[:0], y[:0]).shape == (0,)
+    told = {name: objective.diagnostics[name] for name in ("meta_loss", "meta_gradient")}
+    assert objective.diagnostics == dict.fromkeys((*objective.network.branches, "radius")) | told
+    assert list(objective.diagnostics) == list(full)
+
+
+def test_an_epoch_tells_the_means_of_the_steps_that_had_examples() -> None:
+    """Class 2 alone is robust, and only the first of two batches holds it."""
+    model, (x, _) = network_of(), batch(n=8)
+    y = torch.zeros(8, dtype=torch.int64)
+    objective = caat(model, class_counts=[6, 1, 1], routing="soft")
+    seen = []
+
+    def watched(*arguments: Any, **others: Any) -> Any:
+        found = ARMOR(robust_loss=objective, divergence=KL(), radius=0.1, robust_classes=(2,))(*arguments, **others)
+        seen.append((len(found.worst_case.weights) if found.worst_case else 0, objective.diagnostics))
+        return Watched(found.loss, objective.diagnostics)
+
+    for labels in (y, y.index_fill(0, torch.tensor([3]), 2)):
+        seen.clear()
+        result = fit(model, watched, (x, labels), optimizer=objective.optimizer, epochs=1, batch_size=4, silent=True)
+        (told,) = [record.diagnostics for record in result.history]
+        counts = [count for count, _ in seen]
+        assert sorted(counts) == [0, int((labels == 2).sum())]
+        assert all(value is not None and math.isfinite(value) for value in told.values())
+        if not any(counts):
+            assert told.keys() == {"meta_loss", "meta_gradient"}
+            continue
+        ((_, known),) = [one for one in seen if one[0]]
+        assert told["adversary"] == pytest.approx(known["adversary"])
+        assert told["radius"] == pytest.approx(0.1)
+
+
+class Watched(NamedTuple):
+    loss: Tensor
+    diagnostics: dict[str, float | None]
+
+
+def test_meta_weight_net_anneals_a_temperature_like_caat() -> None:
+    model = network_of()
+    shared: dict[str, Any] = {"threat_model": BALL, "meta_data": batch(99, 9), "class_counts": [10, 20, 30]}
+    objective = MetaWeightNet(**shared, optimizer=sgd(model), temperature=(1.0, 0.25))
+    temperatures = []
+    for epoch in range(3):
+        objective.start_epoch(model, epoch=epoch, epochs=3, generator=generator())
+        temperatures.append(objective.network.temperature)
+    assert temperatures == pytest.approx([1.0, 0.5, 0.25])
 
 
 def test_meta_weight_net_weighs_the_loss_by_its_network() -> None:

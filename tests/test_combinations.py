@@ -65,8 +65,9 @@ def images() -> LabelledImages:
 
 
 def flags_of(files: dict[str, str], update: str, **given: Any) -> Train:
+    steps = None if given.get("transport") in ("fgsm", "none") else 2
     return along_the_axes(
-        Train(data="digits", epsilon="0.1", update=files.get(update, update), steps=2, batch_size=18, epochs=1, **given)
+        Train(data="digits", epsilon="0.1", update=files.get(update, update), steps=steps, batch_size=18, epochs=1, **given)
     )
 
 

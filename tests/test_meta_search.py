@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from metarobust._randomness import torch_seed
 from metarobust.attacks import PGD, count_calls
 from metarobust.data import LabelledImages, digits_pools
 from metarobust.divergences import KL
@@ -55,6 +56,25 @@ def test_a_distribution_draws_within_its_ranges_and_repeats_itself() -> None:
     assert torch.equal(again.subsets, found[3].subsets)
     assert again.threat_model == found[3].threat_model
     assert all(task.meta_attack == PGD(threat_model=task.threat_model, steps=5) for task in found if task.threat_model)
+
+
+@pytest.mark.parametrize("seed", [20260731120000, 99999999999999999999])
+def test_every_seed_decides_a_search_and_a_meta_training(seed: int) -> None:
+    small = {"generations": 1, "population": 2, "elite": 1, "total_steps": (1, 2), "final_draws": 1}
+    searches, losses = [], []
+    for own in (seed, seed, seed + 1):
+        rule = InterpretableOptimizer(gradient_source="gradient+adversarial_tangent")
+        searches.append(meta_search(rule, TASKS.one_of_each, **small, seed=own, silent=True)[0].knobs)
+        losses.append(meta_train(rule, TASKS, iterations=2, total_steps=2, unroll=1, slots=1, seed=own, silent=True).losses)
+    for found in (searches, losses):
+        assert found[0] == found[1] != found[2]
+
+
+def test_seeds_that_torch_takes_are_left_as_they_are() -> None:
+    """The figures of the pages and of the demo were measured with them."""
+    for seed in (0, 1, 20260731, 2**63, 2**64 - 1):
+        assert torch_seed(seed) == seed
+    assert len({torch_seed(2**64 + number) for number in range(100)} | {torch_seed(number) for number in range(100)}) == 200
 
 
 def test_one_of_each_has_every_architecture_and_spreads_the_radii() -> None:

@@ -143,6 +143,25 @@ def test_losses_keep_their_own_defaults(shell: Shell, fits: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "steps"),
+    [({"steps": 3}, 3), ({}, 10), ({"transport": "pgd"}, 10), ({"transport": "fgsm"}, None), ({"transport": "none"}, None)],
+)
+def test_the_record_tells_the_steps_that_the_attack_took(
+    shell: Shell, interrupt: Any, fits: list[Any], flags: dict[str, Any], steps: int | None
+) -> None:
+    interrupt(2)
+    assert shell(**{"steps": None} | flags)[0] == 130
+    assert record()["settings"]["steps"] == steps
+    if steps == 10:  # a default that is written out is the same command
+        flags = flags | {"steps": 10}
+    code, out, err = shell(**{"steps": None} | flags)
+    assert code == 0, err
+    assert "going on from net.checkpoint" in out
+    assert record()["settings"]["steps"] == steps
+    assert getattr(fits[-1][1].attack, "steps", None) == steps
+
+
+@pytest.mark.parametrize(
     ("flags", "kind", "settings", "factors"),
     [
         ({}, torch.optim.Adam, {"lr": 0.001, "weight_decay": 0}, [1, 0.1, 0.01]),

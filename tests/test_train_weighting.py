@@ -128,6 +128,19 @@ def test_learned_weights_train_with_the_defaults_of_their_classes(shell: Shell, 
     assert re.match(rf"{record()['settings']['objective']}, l_inf, .*: 210 examples to train on, 60 meta-examples \(6 of", out)
 
 
+def test_the_record_of_batches_without_a_robust_class_is_json(shell: Shell) -> None:
+    code, _, err = shell(**ARMOR_CAAT, robust_classes=1, examples=100, batch_size=8, epochs=1)
+    assert code == 0, err
+
+    def refused(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(Path("net.json").read_text(), parse_constant=refused)
+    told = content["history"][0]["diagnostics"]
+    assert told["adversary"] + told["anti_adversary"] == pytest.approx(1)
+    assert told["radius"] == pytest.approx(0.1)
+
+
 def test_settings_of_caat_reach_it(shell: Shell, fits: list[Any]) -> None:
     bounds = {"fixed": type(None), "gradient": GradientBound, "remargin": ReMargin, "learned": type(None)}
     for bound, kind in bounds.items():

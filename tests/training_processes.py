@@ -34,7 +34,7 @@ class Died(Exception):
 
 class Loss(NamedTuple):
     loss: Tensor
-    diagnostics: dict[str, float]
+    diagnostics: dict[str, float | None]
 
 
 def examples(count: int = 23, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def gathered(model: Any, x: Tensor, y: Tensor, *, generator: Any) -> Loss:
         distributed.all_reduce(total)
         processes = distributed.get_world_size()
     loss = AdversarialTraining(attack=STEADY)(model, x, y).sum() * (processes / total.item())
-    return Loss(loss, {"rows": count})
+    return Loss(loss, {"rows": count, "odd": count if len(x) % 2 else None, "never": None})
 
 
 priced = ARMOR(

@@ -9,7 +9,7 @@ from torch import Tensor
 from metarobust._checks import called, choice, integer, message, require
 from metarobust.attacks._common import buffers_kept, check_step_size, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
-from metarobust.losses import Loss, loss_function
+from metarobust.losses import Loss, known_loss, loss_function
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model
 
@@ -115,7 +115,7 @@ class PGD:
             return moved
         with torch.no_grad(), buffers_kept(model):
             logits = model(moved)
-            reached, wrong = loss_function(self.loss)(logits, targets), logits.argmax(1) != targets
+            reached, wrong = known_loss(self.loss)(logits, targets), logits.argmax(1) != targets
         if self.direction == "anti_adversary":
             reached, wrong = -reached, ~wrong
         # Success first, loss second: a restart that flips the prediction beats one with a larger loss that does not.
@@ -135,7 +135,7 @@ def _check(attack: FGSM | PGD) -> None:
 def _ascend(attack: FGSM | PGD, model: Model, x: Tensor, y: Tensor, start: Tensor, *, steps: int, step_size: float) -> Tensor:
     """``steps`` projected steps from ``start``; the sum of losses decouples the rows, so one backward pass serves all."""
     record_call(len(x))
-    threat_model, loss = attack.threat_model, loss_function(attack.loss)
+    threat_model, loss = attack.threat_model, known_loss(attack.loss)
     if len(x) == 0 or threat_model.epsilon == 0:
         return x.clone()
     signed_step = step_size if attack.direction == "adversary" else -step_size

@@ -9,7 +9,7 @@ from metarobust._checks import called, finite, integer, message, require
 from metarobust._tensors import flat, per_example, uniform
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
-from metarobust.losses import Loss, loss_function
+from metarobust.losses import Loss, known_loss, loss_function
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model
 
@@ -75,7 +75,7 @@ class RandomRoundingFGSM:
         record_call(len(x))
         if len(x) == 0 or (self.threat_model is not None and self.threat_model.epsilon < 1):
             return x.clone()
-        loss, relaxed = loss_function(self.loss), x.clone()
+        loss, relaxed = known_loss(self.loss), x.clone()
         natural = gradient = x  # both are overwritten in the first of at least one step
         with torch.enable_grad(), buffers_kept(model):
             for step in range(self.steps):

@@ -13,7 +13,7 @@ from metarobust.attacks._common import buffers_kept, checked, checked_logits, ch
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._memory import rows_within
 from metarobust.attacks._square_proposals import PROPOSALS, Grid
-from metarobust.losses import Loss, loss_function
+from metarobust.losses import Loss, known_loss, loss_function
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model
 
@@ -112,7 +112,7 @@ def _search(
 ) -> Tensor:
     """Random search (algorithm 1) on all unfinished rows at once, each laid out as ``[channels, places]``."""
     check_generator("generator", generator)
-    grid, loss_of = Grid.of(x), loss_function(attack.loss)
+    grid, loss_of = Grid.of(x), known_loss(attack.loss)
 
     # Large batches are asked in parts that stay in the cache; small ones are not worth the measurement.
     at_once = rows_within(None, model, x) if len(x) > 128 and not _coupled(model) else len(x)

@@ -15,7 +15,7 @@ from metarobust._tensors import per_example
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._insertion import check_binary
-from metarobust.losses import Loss, loss_function
+from metarobust.losses import Loss, known_loss, loss_function
 from metarobust.transport_costs import HardBall, Insertion, TransportCost
 from metarobust.types import Model
 
@@ -215,7 +215,7 @@ class TransportAscent:
         with torch.set_grad_enabled(differentiate):
             leaf = point.detach().requires_grad_(differentiate)
             logits = checked_logits(called(model, leaf), y) if first else model(leaf)
-            losses = _checks.losses(loss_function(self.loss)(logits, y), examples=len(y))
+            losses = _checks.losses(known_loss(self.loss)(logits, y), examples=len(y))
             return losses.detach(), input_gradient(losses, leaf) if differentiate else None
 
 

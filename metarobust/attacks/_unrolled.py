@@ -15,7 +15,7 @@ from metarobust._tensors import tree_detach
 from metarobust.attacks._common import buffers_kept, checked, checked_logits, input_gradient
 from metarobust.attacks._counting import record_call
 from metarobust.attacks._gradient import DIRECTIONS
-from metarobust.losses import Loss, loss_function
+from metarobust.losses import Loss, known_loss, loss_function
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Model
 
@@ -127,7 +127,7 @@ class Unrolled:
         point = x_adv if keep_graph and x_adv.requires_grad else x_adv.detach().requires_grad_()
         with torch.enable_grad():
             logits = checked_logits(called(model, point), y)
-            losses = _checks.losses(loss_function(self.loss)(logits, y), examples=len(y))
+            losses = _checks.losses(known_loss(self.loss)(logits, y), examples=len(y))
             gradient = input_gradient_with_graph(losses, point, create_graph=keep_graph)
         downhill = -gradient if self.direction == "adversary" else gradient
         updates, state = self.update_rule.update(cast("Any", (downhill,)), state, params=cast("Any", (x_adv,)), inplace=False)

@@ -11,6 +11,7 @@ import torchopt
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
+from metarobust._randomness import torch_seed
 from metarobust.attacks import PGD, count_calls
 from metarobust.data import LowDataTasks, Pools, digits_pools
 from metarobust.evaluation import evaluate
@@ -136,7 +137,7 @@ def meta_train_variant(
 
     The control is judged on clean examples throughout, in meta-training and in calibration.
     """
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(torch_seed(settings.seed))
     source = "gradient" if variant == "lstm_one_stream" else "gradient+perturbed_factors"
     attack = None if variant == "control" else PGD(threat_model=THREAT_MODEL, steps=5)
     trained = meta_train(
@@ -150,7 +151,7 @@ def meta_train_variant(
         on_iteration=on_iteration,
     )
     if trained.meta_optimizer.two_streams and variant != "uncalibrated":
-        generator = torch.Generator().manual_seed(settings.seed + 1)
+        generator = torch.Generator().manual_seed(torch_seed(settings.seed + 1))
         judge = None if variant == "control" else PGD(threat_model=THREAT_MODEL, steps=10)
         calibrate(
             trained.meta_optimizer,
@@ -167,7 +168,7 @@ def target_task(settings: DemoSettings, target: str, attack: Attack | None = Non
     """One copy of the target architecture per seed, each on its own 100 examples of the target pool."""
     pool = pools(settings.seed).target
     tasks = LowDataTasks(dataset=pool, examples=settings.target_examples)
-    seeds = [torch.Generator().manual_seed(1000 * (settings.seed + 1) + s) for s in range(settings.seeds)]
+    seeds = [torch.Generator().manual_seed(torch_seed(1000 * (settings.seed + 1) + s)) for s in range(settings.seeds)]
     return ClassificationTask(
         build=TARGETS[target],
         dataset=pool,
@@ -219,7 +220,7 @@ def run_method(settings: DemoSettings, target: str, method: str, path: Path | No
                 task,
                 update_rule(settings, method, rate, path),
                 total_steps=settings.total_steps,
-                generator=torch.Generator().manual_seed(settings.seed),  # the same start for every method
+                generator=torch.Generator().manual_seed(torch_seed(settings.seed)),  # the same start for every method
                 keep=settings.curve_steps,
             )
     chosen, scores = None, {}

@@ -197,7 +197,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta makes tensors without values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be cpu, or a device that this machine has, got {name!r}") from error
     return device

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from metarobust import __version__
-from metarobust._files import read_json, write_atomically
+from metarobust._files import json_text, read_json, write_atomically
 from metarobust._processes import Processes
 from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
@@ -305,5 +305,4 @@ def write_record(job: Job, *, finished: bool, **more: Any) -> None:
     content = {"format": FORMAT, "finished": finished, "settings": settings_of(job.flags), "processes": job.processes}
     content |= {"tasks": job.told_of_tasks, **more}
     content["versions"] = {"metarobust": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(job.flags.record, lambda path: path.write_text(text))
+    write_atomically(job.flags.record, lambda path: path.write_text(json_text(content)))

@@ -47,8 +47,8 @@ class Train:
     cnn:32,64."""
     norm: Literal["linf", "l2", "l1"] = "linf"
     """Norm of the ball."""
-    steps: int = 10
-    """Steps of the attack in training. Validation takes PGD with 20."""
+    steps: int | None = None
+    """Steps of the attack in training, not with --transport fgsm or none. Default: 10. Validation takes PGD with 20."""
     beta: float | None = None
     """trades, mart, frl, --base: weight of the KL term. Default: 6, but 1.5 for the trades of caat."""
     mu: float | None = None
@@ -155,6 +155,11 @@ class Train:
     def base_loss(self) -> str:
         """The robust loss that is attacked: the objective itself, or what it weighs."""
         return self.base or {"caat": "trades", "meta-weight-net": "at"}.get(self.loss, self.loss)
+
+    @property
+    def attack_steps(self) -> int:
+        """Steps of the attack, where it takes any number of them."""
+        return 10 if self.steps is None else self.steps
 
     @property
     def learned_update(self) -> bool:

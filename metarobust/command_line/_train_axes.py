@@ -17,6 +17,8 @@ PLAIN = (*WEIGHED, "udr", "beta", "smoothed-beta")
 """Objectives that say nothing about weights."""
 MOVED = ("at", "mart")
 """Objectives whose attack can be chosen."""
+WITH_STEPS, WITHOUT_STEPS = ("pgd", "apgd", "beta"), ("fgsm", "none")
+"""Attacks that take a number of steps, and those that do not."""
 
 
 def along_the_axes(flags: "Train") -> "Train":
@@ -53,7 +55,10 @@ def along_the_axes(flags: "Train") -> "Train":
     if flags.transport not in (None, "pgd") and flags.loss in LOOKING_AHEAD:
         reason = f"for {flags.loss}, which finds adversaries and anti-adversaries in one ascent"
         raise ValueError(f"--transport must be pgd {reason}, got {flags.transport}; leave it out")
-    if flags.transport == "apgd" and flags.steps < 2:
+    if flags.steps is not None and flags.transport in WITHOUT_STEPS:
+        reason = f"is read by --transport {', '.join(WITH_STEPS[:-1])} and {WITH_STEPS[-1]} only, not by {flags.transport}"
+        raise ValueError(f"--steps {reason}; leave it out")
+    if flags.transport == "apgd" and flags.attack_steps < 2:
         raise ValueError(f"--steps must be an integer >= 2 for --transport apgd, got {flags.steps}")
     return flags
 

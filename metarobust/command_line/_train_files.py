@@ -1,13 +1,13 @@
 """The files of one training, and what those that are there already mean for the command that is about to run."""
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metarobust import __version__
-from metarobust._files import read_json, write_atomically
+from metarobust._files import json_text, read_json, write_atomically
+from metarobust.command_line._train_axes import WITHOUT_STEPS
 
 if TYPE_CHECKING:
     from metarobust.command_line._train import Train
@@ -102,13 +102,13 @@ class ResultFiles:
 
         versions = {"metarobust": __version__, "torch": torch.__version__, "python": platform.python_version()}
         content = {"format": FORMAT, "finished": finished, "settings": settings_of(flags), **more, "versions": versions}
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(self.record, lambda path: path.write_text(text))
+        write_atomically(self.record, lambda path: path.write_text(json_text(content)))
 
 
 def settings_of(flags: "Train") -> dict[str, Any]:
-    """Every flag that the result depends on."""
-    return {name: value for name, value in asdict(flags).items() if name not in PLACES}
+    """Every flag that the result depends on, with the number of steps that the attack takes."""
+    steps = None if flags.transport in WITHOUT_STEPS else flags.attack_steps
+    return {name: value for name, value in asdict(flags).items() if name not in PLACES} | {"steps": steps}
 
 
 def is_record(content: Any, expected: str) -> bool:

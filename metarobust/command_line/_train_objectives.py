@@ -73,16 +73,16 @@ def _robust_loss(flags: "Train", threat_model: ThreatModel) -> RobustLoss:
     if kind == "trades" and flags.loss == "caat":
         beta = {"beta": OF_CAAT} | beta
     if kind in ("trades", "frl"):
-        return TRADES(threat_model=threat_model, steps=flags.steps, **beta)
+        return TRADES(threat_model=threat_model, steps=flags.attack_steps, **beta)
     if kind == "mart":
         return MART(attack=attack, **beta)
     if kind == "udr":
-        return UDR(threat_model=threat_model, steps=flags.steps)
+        return UDR(threat_model=threat_model, steps=flags.attack_steps)
     if kind == "beta":
-        return BETATraining(threat_model=threat_model, steps=flags.steps, hypergradient=flags.hypergradient or "none")
+        return BETATraining(threat_model=threat_model, steps=flags.attack_steps, hypergradient=flags.hypergradient or "none")
     if kind == "smoothed-beta":
         assert flags.mu is not None
-        return SmoothedBETATraining(threat_model=threat_model, steps=flags.steps, mu=flags.mu)
+        return SmoothedBETATraining(threat_model=threat_model, steps=flags.attack_steps, mu=flags.mu)
     return AdversarialTraining(attack=attack)
 
 
@@ -91,12 +91,12 @@ def _attack(flags: "Train", threat_model: ThreatModel) -> Attack:
     if flags.transport == "fgsm":
         return FGSM(threat_model=threat_model)
     if flags.transport == "apgd":
-        return APGD(threat_model=threat_model, steps=flags.steps)
+        return APGD(threat_model=threat_model, steps=flags.attack_steps)
     if flags.transport == "beta":
-        return BETA(threat_model=threat_model, steps=flags.steps)
+        return BETA(threat_model=threat_model, steps=flags.attack_steps)
     if flags.transport == "none":
         return unmoved
-    return PGD(threat_model=threat_model, steps=flags.steps)
+    return PGD(threat_model=threat_model, steps=flags.attack_steps)
 
 
 def unmoved(model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -56,12 +56,12 @@ def _learner(flags: "Train", threat_model: ThreatModel, loss: RobustLoss, known:
     if flags.loss == "frl":
         balance = ReMargin(classes=known.parts.train.num_classes)
         beta: dict[str, Any] = {} if flags.beta is None else {"beta": flags.beta}
-        return FRL(threat_model=threat_model, held_out=known.meta, steps=flags.steps, balance=balance, **beta)
+        return FRL(threat_model=threat_model, held_out=known.meta, steps=flags.attack_steps, balance=balance, **beta)
     if flags.loss not in META_STEPS:
         return loss
     given = {"meta_every": flags.meta_every, "anti_factor": flags.anti_factor, "routing": flags.routing}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    settings |= {"threat_model": threat_model, "robust_loss": loss, "steps": flags.steps}
+    settings |= {"threat_model": threat_model, "robust_loss": loss, "steps": flags.attack_steps}
     settings |= {"meta_data": known.meta, "optimizer": known.optimizer, "class_counts": known.parts.labelled_counts}
     if flags.loss == "meta-weight-net":
         return MetaWeightNet(**settings)

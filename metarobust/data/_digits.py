@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from metarobust._checks import integer
+from metarobust._randomness import torch_seed
 from metarobust.data._labelled_images import LabelledImages
 from metarobust.data._splits import split
 
@@ -59,4 +60,4 @@ def digits_pools(seed: int = 0) -> Pools:
         [700, 400, 697]
     """
     integer("seed", seed, least=0)
-    return Pools(*split(load_digits(), POOL_SIZES, generator=torch.Generator().manual_seed(seed)))
+    return Pools(*split(load_digits(), POOL_SIZES, generator=torch.Generator().manual_seed(torch_seed(seed))))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metarobust._checks import finite, integer, message, require
+from metarobust._randomness import torch_seed
 from metarobust.meta_optimizers._estimators import advanced
 from metarobust.meta_optimizers._kinds import MetaOptimizer, check_source
 from metarobust.meta_optimizers._tasks import ClassificationTask
@@ -105,7 +106,7 @@ def calibrate(
             rule = meta_optimizer.as_gradient_transformation(total_steps=total_steps, stacked=True)
             accuracies = []
             for number, task in enumerate(tasks):
-                generator = torch.Generator().manual_seed(seed + number)
+                generator = torch.Generator().manual_seed(torch_seed(seed + number))
                 final = train_optimizees(task, rule, total_steps=total_steps, generator=generator)[total_steps]
                 accuracies.append(task.meta_accuracy(final, generator=generator))
             found[pair] = torch.cat(accuracies)

@@ -79,10 +79,11 @@ class TaskDistribution:
             pair(name, getattr(self, name), example)
         require(len(self.architectures) > 0, "architectures", "at least one architecture", "none")
         require(len(self.datasets) > 0, "datasets", "at least one data set", "none")
-        low, high = self.examples
-        integer("examples", low, least=1)
-        require(high >= low, "examples", "a pair (least, most)", self.examples)
-        finite("epsilon", self.epsilon[0], above=0.0)
+        for count in self.examples:
+            integer("examples", count, least=1)
+        require(self.examples[1] >= self.examples[0], "examples", "a pair (least, most)", self.examples)
+        for radius in self.epsilon:
+            finite("epsilon", radius, above=0.0)
         require(self.epsilon[1] >= self.epsilon[0], "epsilon", "a pair (least, largest)", self.epsilon)
         choice("gradient_source", self.gradient_source, GRADIENT_SOURCES)
         integer("copies", self.copies, least=1)

@@ -16,6 +16,7 @@ from metarobust._checks import choice, finite, integer, message, require
 from metarobust._files import check_writable
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
+from metarobust._randomness import torch_seed
 from metarobust.meta_optimizers._estimators import ESTIMATORS, Slot, backpropagated, persistent_evolution
 from metarobust.meta_optimizers._kinds import MetaOptimizer, check_meta_optimizer, check_source
 from metarobust.meta_optimizers._resume import load_run, require_same_progress, save_run
@@ -241,7 +242,7 @@ class MetaTrainingRun:
         like_rank_0(self.parameters)
         self.adam = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.rules: dict[int, GradientTransformation] = {}
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(torch_seed(settings.seed))
         self.losses: list[float] = []
         self.threat_models: dict[str, Any] | None = None
         # Slot i ends its first task after (i + 1) / slots of the horizon, so that ages stay staggered.

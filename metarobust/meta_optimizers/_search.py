@@ -16,6 +16,7 @@ from metarobust._checks import choice, finite, integer, message, pair, require
 from metarobust._files import check_writable
 from metarobust._processes import like_rank_0, processes, rank, summed
 from metarobust._progress import progress_bar
+from metarobust._randomness import torch_seed
 from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust._tensors import digest
 from metarobust.meta_optimizers._calibration import train_optimizees
@@ -55,8 +56,9 @@ class MetaSearchSettings:
             integer(name, getattr(self, name), least=1)
         require(self.elite < self.population, "elite", f"below population (={self.population})", self.elite)
         pair("total_steps", self.total_steps, "(150, 450)")
+        for steps in self.total_steps:
+            integer("total_steps", steps, least=1)
         low, high = self.total_steps
-        integer("total_steps", low, least=1)
         require(high >= low, "total_steps", "a pair (least, most)", self.total_steps)
         finite("clean_weight", self.clean_weight, least=0.0)
         integer("final_draws", self.final_draws, least=0)
@@ -166,7 +168,7 @@ def meta_search(
         with progress_bar("meta-search", generations, silent=silent or rank() > 0) as advance:
             advance(len(history))
             while len(history) < generations:
-                draw = torch.Generator().manual_seed(1_000_003 * seed + len(history))
+                draw = torch.Generator().manual_seed(torch_seed(1_000_003 * seed + len(history)))
                 tasks = [(task, _steps(total_steps, draw)) for task in _drawn(sample_tasks(draw))]
                 for task, _ in tasks:
                     check_source(meta_optimizer, task, "sample_tasks")
@@ -222,7 +224,7 @@ def _compared(
     scores = torch.zeros(len(rows), dtype=torch.float64)
     for i in range(rank(), len(rows), processes()):
         way, number = rows[i]
-        draw = torch.Generator().manual_seed(1_000_003 * settings.seed + settings.generations + number)
+        draw = torch.Generator().manual_seed(torch_seed(1_000_003 * settings.seed + settings.generations + number))
         tasks = [(task, _steps(settings.total_steps, draw)) for task in _drawn(sample_tasks(draw))]
         ways[way]()
         scores[i] = _score(rule, tasks, settings)
@@ -248,7 +250,7 @@ def _score(rule: InterpretableOptimizer, tasks: Sequence[tuple[ClassificationTas
     """Mean over tasks of robust plus weighted clean accuracy at the end of a run."""
     found = []
     for number, (task, steps) in enumerate(tasks):
-        generator = torch.Generator().manual_seed(1_000_003 * settings.seed + number)
+        generator = torch.Generator().manual_seed(torch_seed(1_000_003 * settings.seed + number))
         final = train_optimizees(task, reading_streams(rule, total_steps=steps), total_steps=steps, generator=generator)[steps]
         robust = task.meta_accuracy(final, generator=generator).mean().item()
         found.append(robust + settings.clean_weight * task.clean_accuracy(final).mean().item())

@@ -14,15 +14,15 @@ from metarobust.data import LabelledImages
 from metarobust.evaluation._inputs import as_tensors, digest
 from metarobust.meta_weighters._batch_step import meta_step_on_batch
 from metarobust.meta_weighters._branches import Branches, Call, Points, evaluation_mode, rows_independent
-from metarobust.meta_weighters._characteristics import CHARACTERISTICS, ClassStatistics, training_characteristics
+from metarobust.meta_weighters._caat_checks import check_bound, check_reading, chosen_hypergradient
+from metarobust.meta_weighters._characteristics import ClassStatistics, training_characteristics
 from metarobust.meta_weighters._class_balance import ReMargin, held_out_errors, published_attack
 from metarobust.meta_weighters._hypergradient import HYPERGRADIENTS
 from metarobust.meta_weighters._meta_step import routed
-from metarobust.meta_weighters._network import Weighting, WeightingNetwork, check_network
+from metarobust.meta_weighters._network import Weighting, WeightingNetwork
 from metarobust.meta_weighters._optimizer_state import check_optimizer, optimizer_state, restore_optimizer
 from metarobust.meta_weighters._radii import GradientBound, PerturbationBound
 from metarobust.objectives import TRADES
-from metarobust.objectives._common import PairLoss
 from metarobust.threat_models import ThreatModel
 from metarobust.types import Batch, Model, RobustLoss
 
@@ -82,7 +82,7 @@ class CAAT(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong type; on a call that takes a meta-step, a model that is no ``nn.Module``.
-        ValueError: a setting out of range, a bound for a robust loss that finds its adversaries itself.
+        ValueError: a setting out of range, settings that do not go together.
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
@@ -140,9 +140,7 @@ class CAAT(nn.Module):
         check_optimizer(optimizer, clip_norm)
         self.statistics = ClassStatistics(class_counts)
         self.network = WeightingNetwork() if network is None else network
-        check_network(self.network)
-        expected = 1 if reads_loss else len(CHARACTERISTICS)
-        require(len(self.network.mean) == expected, "network", f"with inputs={expected}", len(self.network.mean))
+        check_reading(self.network, reads_loss=reads_loss)
         robust_loss = TRADES(threat_model=threat_model, beta=1.5) if robust_loss is None else robust_loss
         self.branches = Branches(
             names=self.network.branches,
@@ -153,19 +151,8 @@ class CAAT(nn.Module):
             anti_factor=anti_factor,
         )
         self.bound = bound
-        if bound is not None or self.network.bound_range is not None:
-            got = type(robust_loss).__name__
-            expected = "one whose adversaries signed_pgd can find (AdversarialTraining, TRADES, MART) where examples have bounds"
-            require(self.branches.signed, "robust_loss", expected, got, "leave bound out")
-            require(bound is None or self.network.bound_range is None, "bound", "None beside a network with bound_range", bound)
-        whole = not isinstance(robust_loss, PairLoss)
-        if hypergradient == "auto":
-            twice = whole or virtual_steps > 1 or self.network.bound_range is not None
-            hypergradient = "double_backward" if twice else "jvp"
-        if whole and hypergradient == "jvp":
-            remedy = "write hypergradient='double_backward'"
-            expected = "not 'jvp' for a loss that attacks when it is called"
-            raise ValueError(message("hypergradient", expected, f"'jvp' with {type(robust_loss).__name__}", remedy))
+        check_bound(bound, self.network, self.branches, classes=len(self.statistics.share))
+        hypergradient = chosen_hypergradient(hypergradient, robust_loss, self.network, virtual_steps=virtual_steps)
         if temperature is not None:
             _checks.pair("temperature", temperature, "(1.0, 0.1)")
         for value in temperature or ():
@@ -183,7 +170,7 @@ class CAAT(nn.Module):
         # Decoupled decay: a meta-gradient shrinks with the model's learning rate, and would drown in a decay added to it.
         self.network_optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate, weight_decay=5e-4)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.diagnostics: dict[str, float] = {}
+        self.diagnostics: dict[str, float | None] = {}
         self.register_buffer("meta_told", torch.zeros(2, dtype=torch.float64))
 
     def start_epoch(self, model: nn.Module, *, epoch: int, epochs: int, generator: torch.Generator) -> None:
@@ -335,9 +322,9 @@ class CAAT(nn.Module):
         self.meta_told.copy_(torch.tensor([step.meta_loss, step.norm]))
 
     def _tell(self, weights: Tensor, radii: Tensor | None) -> None:
-        """Keep the numbers that `training.fit` logs: the mean weight of each branch, and of the radius."""
-        means = weights.mean(0).tolist()
-        radius = self.threat_model.epsilon if radii is None else float(radii.mean())
+        """Keep the numbers that `training.fit` logs: the mean weight of each branch, and of the radius; None of no examples."""
+        means = weights.mean(0).tolist() if len(weights) else [None] * weights.shape[1]
+        radius = None if not len(weights) else self.threat_model.epsilon if radii is None else float(radii.mean())
         self.diagnostics = {**dict(zip(self.network.branches, means, strict=True)), "radius": radius}
         if self.meta_every is not None:  # of the last meta-step; the first call takes one
             self.diagnostics |= dict(zip(("meta_loss", "meta_gradient"), self.meta_told.tolist(), strict=True))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metarobust._checks import message
 from metarobust.attacks import PGD
 from metarobust.data import LabelledImages
 from metarobust.meta_weighters._caat import CAAT
@@ -26,7 +27,12 @@ class MetaWeightNet(CAAT):
         threat_model, meta_data, optimizer, class_counts, robust_loss: see `CAAT`.
         learning_rate: of AdamW on the network.
         meta_every: calls from one meta-step to the next; None for no meta-step.
-        settings: further settings of `CAAT`, as ``meta_batch_size``.
+        settings: further settings of `CAAT`, as ``meta_batch_size``, but for ``routing`` and ``reads_loss``: the network always
+            reads the loss, and its weight is used as it is.
+
+    Raises:
+        TypeError: ``routing`` or ``reads_loss``, or what `CAAT` refuses.
+        ValueError: see `CAAT`.
 
     Example:
         >>> from metarobust.threat_models import ThreatModel
@@ -53,6 +59,10 @@ class MetaWeightNet(CAAT):
         meta_every: int | None = 1,
         **settings: Any,
     ) -> None:
+        for name, fixed in (("routing", "soft"), ("reads_loss", True)):
+            if name in settings:
+                expected = f"left out, since MetaWeightNet has {fixed!r}"
+                raise TypeError(message(name, expected, repr(settings[name]), "CAAT takes others"))
         network = settings.pop("network", None) or WeightingNetwork(branches=("adversary",), inputs=1, favoured=0.5)
         if robust_loss is None:
             robust_loss = AdversarialTraining(attack=PGD(threat_model=threat_model))
@@ -67,6 +77,5 @@ class MetaWeightNet(CAAT):
             reads_loss=True,
             learning_rate=learning_rate,
             meta_every=meta_every,
-            temperature=None,
             **settings,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import require
-from metarobust.losses import Loss, loss_function
+from metarobust.losses import Loss, known_loss, loss_function
 from metarobust.objectives._common import attacked, check_attack
 from metarobust.types import Attack, Model
 
@@ -68,7 +68,7 @@ class AdversarialTraining:
 
     def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
         """The loss ``[batch]`` of the logits ``moved [batch, classes]`` for the labels ``y``; ``clean`` is not read."""
-        losses = loss_function(self.loss)(moved, y)
+        losses = known_loss(self.loss)(moved, y)
         require(
             losses.shape == y.shape, "loss", f"a function that returns [{len(y)}]", f"shape {list(losses.shape)}", "drop the mean"
         )

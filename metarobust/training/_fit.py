@@ -77,11 +77,11 @@ def fit(
     Args:
         model: trained in training mode; it ends with the last parameters, in evaluation mode. The best are in the result.
         objective: a robust loss, ``objective(model, x, y, generator=...) -> [batch]``, or a function whose result has a scalar
-            ``loss`` and perhaps ``diagnostics``, a dictionary of numbers. Over several processes the mean of these scalars is
-            minimised as it is, and the names of the diagnostics must be the same on all. An objective that learns, as
-            ``meta_weighters.CAAT``, or whose ``robust_loss`` does, has ``state_dict`` and ``load_state_dict``, which the
-            checkpoint keeps; if it has them, ``start_epoch(model, epoch=, epochs=, generator=)`` is called before each epoch,
-            ``diagnostics`` are read after each step, and ``optimizer`` must be the one given here.
+            ``loss`` and perhaps ``diagnostics``, a dictionary of numbers, or of None where there was nothing to measure. Over
+            several processes the mean of these scalars is minimised as it is, and the names of the diagnostics must be the same
+            on all. An objective that learns, as ``meta_weighters.CAAT``, or whose ``robust_loss`` does, has ``state_dict`` and
+            ``load_state_dict``, which the checkpoint keeps; if it has them, ``start_epoch(model, epoch=, epochs=, generator=)``
+            is called before each epoch, ``diagnostics`` are read after each step, and ``optimizer`` must be the one given here.
         data: a pair ``(x, y)``, x in input units in the model's dtype, y int64, on any device; or a ``LabelledImages``.
         optimizer: over all parameters of the model that require a gradient, ``step()`` without a closure. Learned optimizers
             of ``metarobust.meta_optimizers`` are ones too. One that reads a second stream is made with a ``threat_model``; the

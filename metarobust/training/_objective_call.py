@@ -39,7 +39,7 @@ class ObjectiveCall(nn.Module):
         # In a tuple, so that an objective that is a module does not become a part of this one.
         self._call = (objective, stateful_part(objective))
         self.losses: Tensor | None = None
-        self.diagnostics: dict[str, float] = {}
+        self.diagnostics: dict[str, float | None] = {}
 
     def forward(self, x: Tensor, y: Tensor, generator: torch.Generator, joint: int) -> Tensor:
         """The scalar for this process's rows ``x [batch, ...]`` of a joint batch of ``joint`` rows."""
@@ -62,7 +62,7 @@ class ObjectiveCall(nn.Module):
                 raise TypeError(message("objective", expected, got, remedy))
             told = getattr(found, "diagnostics", None)
         told = {**(getattr(self._call[1], "diagnostics", None) or {}), **(told or {})}
-        self.diagnostics = {name: float(value) for name, value in told.items()}
+        self.diagnostics = {name: None if value is None else float(value) for name, value in told.items()}
         remedy = "remove torch.no_grad() or .detach() from the objective"
         require(loss.requires_grad, "objective", "differentiable in the model's parameters", "a loss without a graph", remedy)
         return loss

@@ -1,6 +1,5 @@
 """What a training run leaves: the last and the best parameters, and one record per epoch."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from metarobust._checks import message
-from metarobust._files import write_atomically
+from metarobust._files import json_text, write_atomically
 from metarobust._tensor_files import WEIGHTS, write_tensors
 from metarobust.training._figure import draw_history
 
@@ -24,7 +23,7 @@ class EpochRecord:
         clean_accuracy: fraction of the validation examples that are classified correctly.
         robust_accuracy: fraction that still are after ``validation_attack``.
         seconds: duration, validation included, time between an interruption and the last checkpoint before it excluded.
-        diagnostics: epoch means of the objective's diagnostics, weighted by the number of examples.
+        diagnostics: epoch means of the objective's diagnostics, weighted by the number of examples, over the steps that had one.
     """
 
     epoch: int
@@ -79,6 +78,6 @@ class TrainingResult:
         for name, state in (("last", self.last), ("best", self.best)):
             if state is not None:
                 write_tensors(folder / f"{name}.safetensors", state, {"format": WEIGHTS})
-        text = json.dumps({"best_epoch": self.best_epoch, "history": [asdict(record) for record in self.history]}, indent=1)
-        write_atomically(folder / "history.json", lambda temporary: temporary.write_text(text + "\n"))
+        text = json_text({"best_epoch": self.best_epoch, "history": [asdict(record) for record in self.history]}, indent=1)
+        write_atomically(folder / "history.json", lambda temporary: temporary.write_text(text))
         return folder

@@ -128,9 +128,12 @@ class TrainingRun:
         self.scaler.unscale_(plan.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        told = torch.tensor([*self.call.diagnostics.values()], dtype=torch.float64, device=loss.device)
-        shared = plan.processes.sum(torch.cat([loss.detach().double()[None], told])) / plan.processes.count
-        joint_loss, joint_norm, *means = torch.cat([shared[:1], norm.double().to(loss.device)[None], shared[1:]]).tolist()
+        values = [*self.call.diagnostics.values()]
+        known = [float(value is not None) for value in values]  # by this process; the mean is over those that know it
+        told = torch.tensor([*(value or 0.0 for value in values), *known], dtype=torch.float64, device=loss.device)
+        shared = plan.processes.sum(torch.cat([loss.detach().double()[None], told]))
+        joint_loss, joint_norm, *told = torch.cat([shared[:1], norm.double().to(loss.device)[None], shared[1:]]).tolist()
+        joint_loss /= plan.processes.count
         skipped = self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE
         if not math.isfinite(joint_loss) or not (math.isfinite(joint_norm) or skipped):
             self.undo(buffers)
@@ -142,9 +145,10 @@ class TrainingRun:
         self.scaler.update()
         self.step += 1
         self.loss_sum += joint_loss * len(rows)
-        for name, value in zip(self.call.diagnostics, means, strict=True):
-            total, examples = self.diagnostics.get(name, [0.0, 0.0])
-            self.diagnostics[name] = [total + value * len(rows), examples + len(rows)]
+        for name, value, count in zip(self.call.diagnostics, told[: len(values)], told[len(values) :], strict=True):
+            if count > 0:
+                total, examples = self.diagnostics.get(name, [0.0, 0.0])
+                self.diagnostics[name] = [total + value / count * len(rows), examples + len(rows)]
         return joint_loss
 
     @contextmanager

@@ -95,6 +95,7 @@ ROWS = [
         f"{EVALUATE} --json nowhere/report.json",
         ("--json must be a file in an existing folder, got nowhere/report.json, whose folder does not exist; pass another path"),
     ),
+    (f"{EVALUATE} --device meta", ("--device must be cpu, or a device that this machine has, got 'meta'")),
     # evaluate: the model
     (EVALUATE.replace("nets.py:build", "nets.py"), ("--model must be FILE.py:FUNCTION, got 'nets.py'; write nets.py:build")),
     (EVALUATE.replace("nets.py:build", "nowhere.py:build"), ("--model must name a file that exists, got nowhere.py")),
@@ -217,6 +218,18 @@ ROWS = [
             "exist; pass another path"
         ),
     ),
+    (
+        "train --data digits --epsilon 0.1 --device meta --out net2.safetensors",
+        ("--device must be cpu, or a device that this machine has, got 'meta'"),
+    ),
+    (
+        "train --data digits --epsilon 0.1 --transport fgsm --steps 7 --out net2.safetensors",
+        ("--steps is read by --transport pgd, apgd and beta only, not by fgsm; leave it out"),
+    ),
+    (
+        "train --data digits --epsilon 0.1 --transport none --steps 10 --out net2.safetensors",
+        ("--steps is read by --transport pgd, apgd and beta only, not by none; leave it out"),
+    ),
     # bound
     (
         "bound --data good.npz --norm linf --epsilons 8",
@@ -249,6 +262,10 @@ ROWS = [
             "--optimizer: no meta-optimizer at nowhere.safetensors; write the path of a file, or a name of a "
             "trained one: robust-small-v1"
         ),
+    ),
+    (
+        "transfer --optimizer robust-small-v1 --data digits --epsilon 0.1 --device meta --out net2.safetensors",
+        ("--device must be cpu, or a device that this machine has, got 'meta'"),
     ),
     ("demo --out text.txt", ("--out must be a folder that can be written to, got text.txt (File exists); pass another folder")),
 ]

@@ -567,6 +567,20 @@ ROWS = [
     ),
     BadInput(
         "meta_optimizers.TaskDistribution",
+        "a largest epsilon that is text",
+        lambda: tasks(epsilon=(0.1, "0.2")),
+        TypeError,
+        "epsilon must be a finite number > 0, got '0.2'",
+    ),
+    BadInput(
+        "meta_optimizers.TaskDistribution",
+        "up to 15.5 examples",
+        lambda: tasks(examples=(12, 15.5)),
+        TypeError,
+        "examples must be an integer >= 1, got 15.5",
+    ),
+    BadInput(
+        "meta_optimizers.TaskDistribution",
         "a number of examples",
         lambda: tasks(examples=100),
         TypeError,
@@ -710,6 +724,20 @@ ROWS = [
         lambda: searched(total_steps=(5, 2)),
         ValueError,
         "total_steps must be a pair (least, most), got (5, 2)",
+    ),
+    BadInput(
+        "meta_optimizers.meta_search",
+        "any number of steps",
+        lambda: searched(total_steps=(1, float("inf"))),
+        TypeError,
+        "total_steps must be an integer >= 1, got inf",
+    ),
+    BadInput(
+        "meta_optimizers.meta_search",
+        "up to 3.5 steps",
+        lambda: searched(total_steps=(1, 3.5)),
+        TypeError,
+        "total_steps must be an integer >= 1, got 3.5",
     ),
     BadInput(
         "meta_optimizers.meta_search",
@@ -1025,6 +1053,37 @@ ROWS = [
         lambda: caat(network=WeightingNetwork(inputs=3)),
         ValueError,
         "network must be with inputs=6, got 3",
+    ),
+    BadInput(
+        "meta_weighters.CAAT",
+        "a ReMargin of other classes",
+        lambda: caat(bound=ReMargin(classes=2)),
+        ValueError,
+        "bound must be ReMargin(classes=3), as many as class_counts has, got classes=2",
+    ),
+    BadInput(
+        "meta_weighters.CAAT",
+        "a learned radius from the loss",
+        lambda: caat(reads_loss=True, network=WeightingNetwork(inputs=1, branches=("adversary",), bound_range=(0.5, 2.0))),
+        ValueError,
+        (
+            "network must be without bound_range where it reads the loss, which is known once the radius is, got "
+            "bound_range=(0.5, 2.0); leave it out, or write bound=GradientBound()"
+        ),
+    ),
+    BadInput(
+        "meta_weighters.MetaWeightNet",
+        "a routing",
+        lambda: net(routing="hard"),
+        TypeError,
+        "routing must be left out, since MetaWeightNet has 'soft', got 'hard'; CAAT takes others",
+    ),
+    BadInput(
+        "meta_weighters.MetaWeightNet",
+        "characteristics to read",
+        lambda: net(reads_loss=False),
+        TypeError,
+        "reads_loss must be left out, since MetaWeightNet has True, got False; CAAT takes others",
     ),
     BadInput(
         "meta_weighters.CAAT",
