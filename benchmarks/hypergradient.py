@@ -40,10 +40,10 @@ from metarobust.objectives._hypergradient import (
     hessian_product,
     rival,
 )
-from metarobust.threat_models import ThreatModel
+from metarobust.threat_models import Norm, ThreatModel
 from metarobust.types import RobustLoss
 
-CASES = [("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 0.5), ("l2", 1.0)]
+CASES: tuple[tuple[Norm, float], ...] = [("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 0.5), ("l2", 1.0)]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
@@ -163,7 +163,7 @@ def step_times(x: Tensor, y: Tensor, rounds: int) -> dict[str, dict[str, float]]
     return {name: ratio(seconds[name], seconds["none"]) for name in ("unrolled", "implicit")}
 
 
-def training(norm: str, data: LabelledImages, held_out: LabelledImages, seeds: int) -> dict[str, Any]:
+def training(norm: Norm, data: LabelledImages, held_out: LabelledImages, seeds: int) -> dict[str, Any]:
     """Accuracy in percent, clean and robust, after training with each hypergradient."""
     threat_model = ThreatModel(norm=norm, epsilon=0.2 if norm == "linf" else 1.0)
     judge, content = BETA(threat_model=threat_model, steps=30, step_rule="apgd"), {}

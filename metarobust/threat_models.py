@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -9,10 +10,12 @@ from torch import Tensor
 from metarobust._checks import choice, finite, floating, message, moved, require
 from metarobust._tensors import flat, normal, norms, per_example, uniform
 
-__all__ = ["NORMS", "ThreatModel"]
+__all__ = ["NORMS", "Norm", "ThreatModel"]
 
-NORMS = ("linf", "l2", "l1")
-"""The norms that a ball can be measured in."""
+Norm: TypeAlias = Literal["linf", "l2", "l1"]
+"""A norm that a ball can be measured in."""
+NORMS: tuple[Norm, ...] = get_args(Norm)
+"""All of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class ThreatModel:
         tensor([[0.5000, 1.0000]])
     """
 
-    norm: str = "linf"
+    norm: Norm = "linf"
     epsilon: float = 8 / 255
     lower: float = 0.0
     upper: float = 1.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metarobust._checks import choice, finite, message, moved, require
 from metarobust._tensors import flat, norms, per_example
-from metarobust.threat_models import NORMS, ThreatModel
+from metarobust.threat_models import NORMS, Norm, ThreatModel
 
 __all__ = ["HardBall", "Insertion", "NormPower", "SoftHinge", "TransportCost"]
 
@@ -105,7 +105,7 @@ class NormPower:
     """
 
     weight: float
-    norm: str = "l2"
+    norm: Norm = "l2"
     power: float = 2.0
     lower: float = 0.0
     upper: float = 1.0

@@ -150,7 +150,7 @@ PUBLIC_NAMES = {
         "LogitAdjusted",
         "SmoothedBETATraining",
     ],
-    "metarobust.threat_models": ["NORMS", "ThreatModel"],
+    "metarobust.threat_models": ["NORMS", "Norm", "ThreatModel"],
     "metarobust.training": [
         "EpochRecord",
         "Schedule",

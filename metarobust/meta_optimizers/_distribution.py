@@ -12,7 +12,7 @@ from metarobust.attacks import PGD
 from metarobust.data import LabelledImages, LowDataTasks
 from metarobust.meta_optimizers._factor_gradients import GRADIENT_SOURCES
 from metarobust.meta_optimizers._tasks import ClassificationTask
-from metarobust.threat_models import ThreatModel
+from metarobust.threat_models import Norm, ThreatModel
 from metarobust.types import Attack, RobustLoss
 
 
@@ -62,7 +62,7 @@ class TaskDistribution:
     datasets: Mapping[str, LabelledImages]
     examples: tuple[int, int] = (100, 200)
     epsilon: tuple[float, float] = (0.05, 0.15)
-    norm: str = "linf"
+    norm: Norm = "linf"
     box: tuple[float, float] = (0.0, 1.0)
     gradient_source: str = "gradient+perturbed_factors"
     attack: Callable[[ThreatModel], Attack] | None = pgd_5
