@@ -43,7 +43,7 @@ from metarobust.objectives._hypergradient import (
 from metarobust.threat_models import Norm, ThreatModel
 from metarobust.types import RobustLoss
 
-CASES: tuple[tuple[Norm, float], ...] = [("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 0.5), ("l2", 1.0)]
+CASES: list[tuple[Norm, float]] = [("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 0.5), ("l2", 1.0)]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
