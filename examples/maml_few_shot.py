@@ -12,8 +12,8 @@ then meets a new task twice: "adapted" by the two steps of meta-training, and "t
 on the fifteen images, as a new network is too. Training meets PGD-3 on cross-entropy; judged is the worst of two attacks that
 it does not meet, APGD-20 on the margin and BETA-20.
 
-What came out (3 seeds, clean / robust accuracy, chance 0.333; one thread of an AMD EPYC, some 3 minutes of CPU time a seed on
-digits and 9 on Fashion-MNIST). Digits: a new network trained 0.923 / 0.730; adapted from a clean start 0.846 / 0.514, robust query
+What came out (3 seeds, clean / robust accuracy, chance 0.333; one thread of an AMD EPYC, 3 minutes of CPU time a seed on digits
+and 9 on Fashion-MNIST). Digits: a new network trained 0.923 / 0.730; adapted from a clean start 0.846 / 0.514, robust query
 0.886 / 0.632, robust throughout 0.864 / 0.611, and trained from there 0.933 / 0.743. Fashion-MNIST: a new network trained 0.946 /
 0.843; adapted 0.904 / 0.140, 0.840 / 0.764, 0.906 / 0.853, trained from the last 0.947 / 0.887. So two steps from a robust start
 replace a hundred of robust training on Fashion-MNIST, not on digits. Run by run: docs/how-to/maml.md.
