@@ -63,7 +63,7 @@ def along_the_axes(flags: "Train") -> "Train":
     return flags
 
 
-def check_learned_update(flags: "Train", *, two_streams: bool) -> None:
+def check_learned_update(flags: "Train", *, two_streams: bool, reads_logits: bool) -> None:
     """Refuse what a meta-optimizer does not read, and objectives that it cannot follow."""
     for name in ("momentum", "weight_decay"):
         if getattr(flags, name) is not None:
@@ -72,14 +72,14 @@ def check_learned_update(flags: "Train", *, two_streams: bool) -> None:
     if flags.loss in LOOKING_AHEAD:
         reason = "whose meta-steps look ahead along a step of it"
         raise ValueError(f"--update must be sgd, adam or adamw for {flags.loss}, {reason}, got {flags.update}")
-    if two_streams and flags.class_weights == "logit-adjusted":
-        reason = "which reads the model's own logits"
-        raise ValueError(f"--class-weights must be none or balanced for --update {flags.update}, {reason}, got logit-adjusted")
     mixed = flags.natural_weight or flags.robust_classes
     if two_streams and (flags.loss not in ("at", "udr") or flags.objective == "armor-udr" or mixed):
         what = "--natural-weight and --robust-classes, which add clean examples" if mixed else f"--objective {flags.objective}"
         reason = "whose second stream belongs to the cross-entropy of one pass"
         raise ValueError(f"--update {flags.update}, {reason}, does not go with {what}; write --objective at, or --update adam")
+    if reads_logits and flags.class_weights == "logit-adjusted":
+        reason = "which reads the model's own logits"
+        raise ValueError(f"--class-weights must be none or balanced for --update {flags.update}, {reason}, got logit-adjusted")
 
 
 def _once(flags: "Train", name: str, kind: str) -> None:

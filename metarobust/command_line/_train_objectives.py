@@ -134,7 +134,8 @@ def read_update(flags: "Train") -> InterpretableOptimizer | LSTMOptimizer | None
     except (ValueError, OSError) as error:
         remedy = "; or write sgd, adam or adamw" if isinstance(error, FileNotFoundError) else ""
         raise ValueError(f"--update: {error}{remedy}") from error
-    check_learned_update(flags, two_streams=rule.two_streams)
+    reads_logits = rule.gradient_source not in ("gradient", "gradient+perturbed_factors")
+    check_learned_update(flags, two_streams=rule.two_streams, reads_logits=reads_logits)
     return rule
 
 
