@@ -87,5 +87,5 @@ def _require_shapes(kind: type[MetaOptimizer], settings: dict[str, Any], tensors
     """Before memory is taken for what the settings claim: the file must hold tensors of these shapes."""
     with torch.device("meta"):
         claimed = {name: value.shape for name, value in kind(**settings).state_dict().items()}
-    for name in claimed.keys() & tensors.keys():
+    for name in [name for name in claimed if name in tensors]:  # in an order that is the same in every process
         require(tensors[name].shape == claimed[name], name, f"of shape {list(claimed[name])}", list(tensors[name].shape))
