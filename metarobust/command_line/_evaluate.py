@@ -54,11 +54,23 @@ class Evaluate:
         epsilon = parse_number("--epsilon", self.epsilon)
         for name in ("checkpoint", "json", "plot"):
             _check_place(f"--{name}", getattr(self, name))
+        self._check_apart()
         if self.plot is not None and self.plot.suffix.lower() not in FIGURES:
             raise ValueError(f"--plot must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}, got {self.plot}")
         from metarobust.command_line._evaluate_run import run_evaluation
 
         run_evaluation(self, epsilon)
+
+    def _check_apart(self) -> None:
+        """No file that is written may be one that is read, or another one that is written."""
+        model = Path(self.model.rpartition(":")[0] or self.model)
+        taken = {"--model": model, "--weights": self.weights, "--data": Path(self.data) if self.data.endswith(".npz") else None}
+        for name in ("checkpoint", "json", "plot"):
+            path = getattr(self, name)
+            for flag, other in taken.items():
+                if path is not None and other is not None and path.resolve() == other.resolve():
+                    raise ValueError(f"--{name} must be another file than {flag}, got {path} for both; pass another path")
+            taken[f"--{name}"] = path
 
     def interrupted(self) -> str:
         """What to tell whoever pressed Ctrl-C."""

@@ -33,7 +33,6 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
     model = build_model(flags.model)
     if flags.weights is not None:
         load_weights(model, flags.weights, flags.model.rpartition(":")[2])
-    training = any(m.training for m in model.modules())
     model = model.eval().requires_grad_(False).to(device)
     _probe(model, data.images[:1].to(device))
     report = evaluate(
@@ -46,8 +45,6 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
         checkpoint=flags.checkpoint,
     )
     report.print()
-    if training:
-        say("the model came in training mode; it was evaluated after model.eval()")
     if flags.json is not None:
         report.to_json(flags.json)
     if flags.plot is not None:
@@ -69,7 +66,8 @@ def build_model(place: str) -> nn.Module:
     if not name or not function.isidentifier():
         raise ValueError(f"--model must be FILE.py:FUNCTION, got {place!r}; write nets.py:build")
     if not path.is_file():
-        raise FileNotFoundError(f"--model must name a file that exists, got {path}")
+        remedy = f"; write {path}.py:{function}" if path.with_name(f"{path.name}.py").is_file() else ""
+        raise FileNotFoundError(f"--model must name a file that exists, got {path}{remedy}")
     module = _own_code(path, lambda: _import(path))
     build = getattr(module, function, None)
     if not callable(build):
@@ -147,7 +145,7 @@ def _part_that_fits(model: nn.Module, names: set[str]) -> str | None:
 
 def _read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"--weights must name a file that exists, got {path}")
+        raise FileNotFoundError(f"--weights must name a file that exists, got {'the folder ' if path.is_dir() else ''}{path}")
     if path.suffix == ".safetensors":
         state, header = read_tensors(path, expected=None, name="--weights", remedy="save it again")
         if header.get("format") not in (None, WEIGHTS):

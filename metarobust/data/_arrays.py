@@ -82,7 +82,8 @@ def _channels_first(pixels: NDArray) -> Tensor:
 def _read(path: Path) -> dict[str, NDArray]:
     remedy = "write it with numpy.savez(path, images=images, labels=labels)"
     if not path.is_file():
-        raise FileNotFoundError(message("path", "an .npz file", f"{path}, which does not exist", remedy))
+        got = f"the folder {path}" if path.is_dir() else f"{path}, which does not exist"
+        raise FileNotFoundError(message("path", "an .npz file", got, remedy))
     require(zipfile.is_zipfile(path), "path", "an .npz archive", f"{path}, which is of another kind", remedy)
     with _readable(path), zipfile.ZipFile(path) as archive:
         sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}

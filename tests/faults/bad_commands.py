@@ -95,6 +95,23 @@ ROWS = [
         f"{EVALUATE} --json nowhere/report.json",
         ("--json must be a file in an existing folder, got nowhere/report.json, whose folder does not exist; pass another path"),
     ),
+    (
+        f"{EVALUATE} --json nets.py",
+        ("--json must be another file than --model, got nets.py for both; pass another path"),
+    ),
+    (
+        f"{EVALUATE} --json ./net.safetensors",
+        ("--json must be another file than --weights, got net.safetensors for both; pass another path"),
+    ),
+    (
+        f"{EVALUATE} --json report.png --plot report.png",
+        ("--plot must be another file than --json, got report.png for both; pass another path"),
+    ),
+    (EVALUATE.replace("net.safetensors", "."), ("--weights must name a file that exists, got the folder .")),
+    (
+        EVALUATE.replace("nets.py:build", "nets:build"),
+        ("--model must name a file that exists, got nets; write nets.py:build"),
+    ),
     (f"{EVALUATE} --device meta", ("--device must be cpu, or a device that this machine has, got 'meta'")),
     # evaluate: the model
     (EVALUATE.replace("nets.py:build", "nets.py"), ("--model must be FILE.py:FUNCTION, got 'nets.py'; write nets.py:build")),
