@@ -95,6 +95,8 @@ def test_readme_training_example_runs(tmp_path: Path) -> None:
     assert float(found.group(1)) > 0.6
 
 
+@pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")  # Foolbox
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # Lightning
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
 def test_how_to_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every python block of the page, one after the other; a page about a library that is not installed is skipped."""
