@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metarobust._checks import message, require
+from metarobust._files import check_writable
 from metarobust._tensor_files import read_tensors, write_tensors
 from metarobust.bounds._plan import Plan
 from metarobust.bounds._proof import Proof
@@ -41,10 +42,7 @@ def read_proofs(path: Path, settings: dict[str, Any], points: int) -> list[Proof
         FileNotFoundError: not even the folder is there.
         ValueError: the file is damaged, or belongs to another sweep.
     """
-    if not path.parent.is_dir():
-        expected, remedy = "a file in an existing folder", f"make the folder {path.parent} first"
-        raise FileNotFoundError(message("checkpoint", expected, path, remedy))
-    require(not path.is_dir(), "checkpoint", "a file", f"the folder {path}", f"write {path / 'bounds.safetensors'}")
+    check_writable(path, "bounds.safetensors")
     if not path.exists():
         return []
     tensors, header = read_tensors(path, expected=FORMAT, name="checkpoint", remedy=REMEDY)

@@ -1,6 +1,5 @@
 """What ``metarobust bound`` does once its flags are read: points, bounds, table, files."""
 
-import json
 import math
 import platform
 import sys
@@ -16,7 +15,7 @@ import torch
 
 from metarobust import __version__
 from metarobust._checks import is_out_of_memory
-from metarobust._files import write_atomically
+from metarobust._files import json_text, write_atomically
 from metarobust.bounds import RiskBound, plot_curve, risk_curve
 from metarobust.command_line._bound_reports import ModelReport, doubts, rows
 from metarobust.command_line._demo import writable_folder
@@ -102,7 +101,7 @@ def run_bound(
             "python": platform.python_version(),
         },
     }
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json_text(content)
     write_atomically(out / "bounds.json", lambda path: path.write_text(text))
     table = _markdown(title, bounds, [*_conclusion(bounds, reports, order), *sentences])
     write_atomically(out / "bounds.md", lambda path: path.write_text(table))

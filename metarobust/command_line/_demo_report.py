@@ -1,12 +1,11 @@
 """What the demo shows: the report file, the table in the terminal, the figure."""
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from metarobust._files import write_atomically
+from metarobust._files import json_text, write_atomically
 from metarobust.command_line import _demo_experiment as experiment
 
 LABELS = {
@@ -100,7 +99,7 @@ def _summary(seeds: list[float]) -> dict[str, Any]:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write report.json, atomically."""
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    text = json_text(report)
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 

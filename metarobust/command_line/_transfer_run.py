@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metarobust import __version__
-from metarobust._files import write_atomically
+from metarobust._files import json_text, write_atomically
 from metarobust._progress import progress_bar
 from metarobust._randomness import generator_for
 from metarobust._tensor_files import WEIGHTS, write_tensors
@@ -220,7 +220,7 @@ def write(flags: "Transfer", network: Network, judged: Judged, known: dict[str, 
     rows = [row(method, report) for method, report in judged]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(flags).items()}
     content = {"format": FORMAT, "settings": settings, **known, "methods": rows, "versions": versions}
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json_text(content)
     write_atomically(record, lambda path: path.write_text(text))
     print("wrote " + ", ".join(map(str, written)) + f" and {record}")
 
