@@ -73,15 +73,45 @@ def test_learned_optimizer_trains_on_the_device() -> None:
     assert F.cross_entropy(model(x), y).item() < before
 
 
+@pytest.mark.parametrize(("units", "layers"), [(8, 1), (20, 2)])
+@pytest.mark.parametrize("source", ["gradient", "gradient+adversarial_tangent"])
+def test_the_fused_step_is_taken_and_equals_the_step_on_the_cpu(source: str, units: int, layers: int) -> None:
+    rule = LSTMOptimizer(gradient_source=source, hidden_size=units, layers=layers, initial_learning_rate=0.1)
+    ends = []
+    for device in ("cpu", "cuda"):
+        model, x, y = setting()
+        model, placed = model.to(device), copy.deepcopy(rule).to(device)
+        assert placed.steps_in_place(list(model.parameters()))
+        optimizer = placed.torch_optimizer(model.parameters(), total_steps=4)
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            if source == "gradient":
+                F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+            else:
+                with optimizer.record_factors(model, threat_model=THREAT_MODEL) as recorder:
+                    recorder.backward(F.cross_entropy(model(x.to(device)), y.to(device)))
+            for p in model.parameters():  # the same streams on both, whatever a convolution rounds
+                assert p.grad is not None
+                p.grad.copy_(torch.randn(p.shape, generator=draw))
+                if getattr(p, "second_grad", None) is not None:
+                    p.second_grad.copy_(torch.randn(p.shape, generator=draw))  # type: ignore[attr-defined]
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in model.parameters()])
+    for host, device_end in zip(*ends, strict=True):
+        torch.testing.assert_close(device_end, host, rtol=1e-4, atol=1e-5)
+
+
 def test_the_shipped_optimizer_takes_the_steps_that_it_takes_on_the_cpu() -> None:
     model, x, y = setting()
     ends = []
     for device in ("cpu", "cuda"):
         twin = copy.deepcopy(model).to(device)
         optimizer = load("robust-small-v1").to(device).torch_optimizer(twin.parameters(), total_steps=20)
+        draw = torch.Generator().manual_seed(2)
         for _ in range(5):
             optimizer.zero_grad()
-            with optimizer.record_factors(twin, threat_model=THREAT_MODEL) as recorder:
+            with optimizer.record_factors(twin, threat_model=THREAT_MODEL, generator=draw) as recorder:
                 recorder.backward(F.cross_entropy(twin(x.to(device)), y.to(device)))
             optimizer.step()
         ends.append([p.detach().cpu() for p in twin.parameters()])

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks._common import write
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,7 @@ CATALOGUE: dict[str, Measurement] = {
     "factor gradients": _timed("factor_cost", 4, " --rounds 7"),
     "factor gradients, memory kept": _timed("factor_cost", 4, " --rounds 7 --keep-memory", "factor_cost_keep_memory.json"),
     "optimizer step": _timed("optimizer_step", 1),
+    "optimizer step, GPU": _timed("optimizer_step", 1, " --device cuda", "optimizer_step_cuda.json"),
     "dual": _timed("dro", 2, " --rounds 7 --threads 1"),
     "training step": _timed("training_step", 5, " --rounds 7 --threads 1"),
     "learned weights": _timed("meta_weighting", 8, " --threads 1"),
@@ -135,6 +138,8 @@ def measure(name: str, out: Path, models: str | None) -> str | None:
     measurement, data = CATALOGUE[name], os.environ.get("METAROBUST_DATA")
     if measurement.needs_data and not data:
         return "it needs images that do not come along; set METAROBUST_DATA to a torchvision root"
+    if "--device cuda" in measurement.command and not torch.cuda.is_available():
+        return "it needs a CUDA device"
     if "{models}" in measurement.command and not models:
         return "it needs trained classifiers; name their folder with --models (benchmarks/_classifiers.py lists the files)"
     out.mkdir(parents=True, exist_ok=True)

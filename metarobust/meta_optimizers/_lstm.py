@@ -1,5 +1,6 @@
 """The coordinatewise LSTM meta-optimizer: one small recurrent network, shared by all coordinates of all tensors."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
@@ -211,9 +212,22 @@ class LSTMOptimizer(UpdateRule):
         return update, new_state
 
     def steps_in_place(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether `step_in_place` takes these ``parameters``: contiguous, on a CPU; a rule of all features and an Adam base."""
+        """Whether `step_in_place` takes these ``parameters``: contiguous; a rule of all features and an Adam base.
+
+        On a CPU always, on a GPU in float32 where Triton can compile for it; a warning says why it cannot.
+        """
         made_for = self.preprocessing == "full" and self.base == "adam"
-        return made_for and all(p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+        devices = {p.device for p in parameters} | {self.bias.device}
+        if not made_for or len(devices) > 1 or not all(p.is_contiguous() for p in parameters):
+            return False
+        return self.bias.device.type == "cpu" or (self.bias.device.type == "cuda" and self._fuses(parameters))
+
+    def _fuses(self, parameters: Sequence[Tensor]) -> bool:
+        if importlib.util.find_spec("triton") is None or any(p.dtype != torch.float32 for p in parameters):
+            return False
+        from metarobust.meta_optimizers import _lstm_fused
+
+        return self.hidden_size <= _lstm_fused.MOST_UNITS and _lstm_fused.runs(self)
 
     def step_in_place(
         self,
@@ -232,7 +246,11 @@ class LSTMOptimizer(UpdateRule):
             parameters, g, h, state, layout, total_steps: as in `step`, the first three as one tensor per parameter.
             lr: factor on the update.
         """
-        return lstm_step_in_place(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
+        if parameters[0].device.type == "cpu":
+            return lstm_step_in_place(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
+        from metarobust.meta_optimizers._lstm_fused import lstm_step_fused
+
+        return lstm_step_fused(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
 
     def _cells(self, inputs: list[Tensor], bias: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:
         """All stacked cells once, units first: ``inputs [features, n] -> hidden, cell [layers, units, n]``.

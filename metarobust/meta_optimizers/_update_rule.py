@@ -73,7 +73,17 @@ class UpdateRule(nn.Module):
 
         Args:
             model, threat_model, coefficients, generator: see :func:`record_factors`.
+
+        Raises:
+            ValueError: the rule reads one stream, for which nothing is recorded.
         """
+        require(
+            self.two_streams,
+            "gradient_source",
+            "one with a second stream, which is what is recorded",
+            repr(self.gradient_source),
+            "write loss.backward(), which is all that this rule needs",
+        )
         return record_factors(
             model, threat_model=threat_model, gradient_source=self.gradient_source, coefficients=coefficients, generator=generator
         )

@@ -419,6 +419,16 @@ ROWS = [
         "model must be an nn.Module, whose layers are watched, got function",
     ),
     BadInput(
+        "meta_optimizers.LSTMOptimizer",
+        "recording for a rule of one stream",
+        lambda: LSTMOptimizer(gradient_source="gradient").record_factors(network(), threat_model=BALL),
+        ValueError,
+        (
+            "gradient_source must be one with a second stream, which is what is recorded, got 'gradient'; write loss.backward(), "
+            "which is all that this rule needs"
+        ),
+    ),
+    BadInput(
         "meta_optimizers.record_factors",
         "an unknown source",
         lambda: recorded(gradient_source="tangent"),
