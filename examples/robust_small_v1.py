@@ -62,8 +62,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small generations: to see it run, not to use the result")
     parser.add_argument("--variant", choices=("robust", "clean", "one-stream"), default="robust")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("robust_small_v1.safetensors"))
+    parser.add_argument("--out", type=Path, help="default: robust_small_v1.safetensors, or robust_small_v1_quick.safetensors")
     arguments = parser.parse_args()
+    if arguments.out is None:
+        arguments.out = Path("robust_small_v1_quick.safetensors" if arguments.quick else "robust_small_v1.safetensors")
     torch.set_num_threads(1)
     if distributed.is_torchelastic_launched():
         distributed.init_process_group("gloo")

@@ -31,7 +31,9 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     np.savez("line.npz", images=np.array([0.0, 0.4, 1.0]).reshape(3, 1, 1), labels=np.array([0, 1, 1]))
 
-    def run(*more: str, **flags: Any) -> tuple[int, str, str]:
+    def run(*more: str, keep: bool = False, **flags: Any) -> tuple[int, str, str]:
+        if not keep:  # of the run before in the same test
+            Path("out/bounds.json").unlink(missing_ok=True)
         chosen = {"data": "line.npz", "epsilons": "0.1,0.2,0.5", "out": "out", "device": "cpu"} | flags
         arguments = [word for name, v in chosen.items() if v is not None for word in ("--" + name.replace("_", "-"), str(v))]
         code = 0
@@ -68,13 +70,30 @@ def test_known_values_table_and_files(shell: Shell) -> None:
     assert lines[-1] == "wrote bounds.json, bounds.md and bounds.png to out"
     assert sorted(p.name for p in Path("out").iterdir()) == ["bounds.json", "bounds.md", "bounds.png"]
     content = written()
-    assert content["data"] == {"name": "line.npz", "part": None, "classes": None, "examples": 3}
+    told = {"name": "line.npz", "part": None, "classes": None, "examples": 3}
+    assert content["data"] == told | {"digest": content["data"]["digest"]}
     assert [bound["lower"] for bound in content["bounds"]] == pytest.approx([0, 1 / 3, 1 / 3])
     assert [bound["best_robust_accuracy"] for bound in content["bounds"]] == pytest.approx([1, 2 / 3, 2 / 3])
     assert "empirical distribution" in content["scope"]
     markdown = Path("out/bounds.md").read_text()
     assert "| 0.2 | 0.333333 | 0.333333 | yes | 2 | 1 | 1 |" in markdown
     assert "empirical distribution" in markdown
+
+
+def test_bounds_of_other_points_or_settings_are_not_overwritten(shell: Shell) -> None:
+    shell()
+    first = Path("out/bounds.json").read_text()
+    assert shell(keep=True)[0] == 0, "the same again"
+    np.savez("other.npz", images=np.array([0.0, 0.3, 1.0]).reshape(3, 1, 1), labels=np.array([0, 1, 1]))
+    for flags in ({"norm": "linf"}, {"epsilons": "0.1"}, {"data": "other.npz"}):
+        code, out, err = shell(keep=True, **flags)
+        assert (code, out) == (2, "")
+        assert err.splitlines()[-1] == (
+            "metarobust: --out must be a folder without other bounds, got out, whose bounds.json is of other points or settings; "
+            "pass another --out, or move it away"
+        )
+    assert json.loads(Path("out/bounds.json").read_text())["data"] == json.loads(first)["data"]
+    assert written()["settings"]["norm"] == "l2"
 
 
 def test_epsilons_come_in_any_order_and_as_fractions(shell: Shell) -> None:
@@ -110,7 +129,8 @@ def test_a_named_data_set_is_bounded_on_the_part_classes_and_examples_asked_for(
             del bound["best_robust_accuracy"], bound["seconds"]
             assert bound == {name: value for name, value in own.as_dict().items() if name != "seconds"}
         part = "train" if train else "test"
-        assert found["data"] == {"name": "digits", "part": part, "classes": list(classes) if classes else None, "examples": count}
+        told = {"name": "digits", "part": part, "classes": list(classes) if classes else None, "examples": count}
+        assert told.items() <= found["data"].items()
         assert out.startswith(f"{count} points of digits, {part} part" + (", classes 3, 8" if classes else "") + "; ")
 
 
@@ -227,14 +247,14 @@ def test_reports_with_one_name_in_two_folders_stay_apart(shell: Shell) -> None:
         ({"epsilons": "0.1,nan"}, "--epsilons must be finite numbers >= 0, got nan"),
         ({"epsilons": "inf"}, "--epsilons must be finite numbers >= 0, got inf"),
         ({"epsilons": "8", "norm": "linf"}, "--epsilons must be at most 1 for linf, .*, got 8; .* write 8/255"),
-        ({"norm": "l1"}, ".*invalid choice:? 'l1'.*"),
+        ({"norm": "l1"}, ".*(must be one of|invalid choice:?) .*'l1'.*"),
         ({"order": "1"}, "--order must be auto or an integer >= 2, got '1'"),
         ({"order": "two"}, "--order must be auto or an integer >= 2, got 'two'"),
         ({"examples": 0}, "--examples must be an integer >= 1, got 0"),
         ({"classes": "3,seven"}, "--classes must be class numbers with commas between, got '3,seven'; write --classes 3,7"),
         ({"classes": "1,5"}, "--classes must be among those of the data, 0, 1, got 5"),
         ({"part": "train"}, "--part must be left out for an .npz file, which has no parts, got train"),
-        ({"data": "letters"}, "--data letters: name must be one of 'digits', 'mnist', .*, got 'letters'"),
+        ({"data": "letters"}, "--data letters: name must be one of 'digits', 'mnist', .*, got 'letters'; for data of your own pass a file .*"),
         ({"data": "none.npz"}, "--data must name a file that exists, got none.npz"),
         ({"data": "empty.npz"}, "--data must have at least one example, got none in empty.npz"),
         ({"device": "tpu"}, "--device must be cpu, or a device that this machine has, got 'tpu'"),
@@ -286,7 +306,7 @@ def test_an_interrupt_leaves_no_half_file(shell: Shell, monkeypatch: pytest.Monk
     assert shell(epsilons="0.2")[0] == 0
     before = written()
     monkeypatch.setattr("metarobust.command_line._bound_run.risk_curve", interrupted)
-    code, _, err = shell()
+    code, _, err = shell(keep=True, epsilons="0.2")
     assert code == 130
     assert err.startswith("metarobust: interrupted")
     assert written() == before

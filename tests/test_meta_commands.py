@@ -420,7 +420,7 @@ def test_a_terminal_has_a_live_table(capsys: pytest.CaptureFixture[str], monkeyp
         ({"examples": "0"}, "--examples must be at least 1, got '0'"),
         ({"examples": "5000"}, "--examples for digits: examples must be at most .* here, .*"),
         ({"total_steps": "9,3"}, "--total-steps must be a range from the least to the largest, got '9,3'; write 3,9"),
-        ({"norm": "l1"}, "invalid choice 'l1' for argument '--norm'.*; run metarobust meta-train --help"),
+        ({"norm": "l1"}, "--norm must be one of .*, got 'l1'; run metarobust meta-train --help"),
         ({"data": ","}, "--data must name at least one data set, got ','; write --data digits"),
         ({"data": "mnst"}, "--data mnst: name must be one of .*"),
         (
@@ -723,7 +723,7 @@ def test_a_rule_of_ones_own(shell: Shell) -> None:
         ({"optimizer": "robust-big"}, "--optimizer: no meta-optimizer at robust-big; write .* a trained one: robust-small-v1"),
         ({"optimizer": "nets.py"}, "--optimizer: nets.py must be a safetensors file, got one that cannot be read, damaged .*"),
         ({"optimizer": "."}, "--optimizer must be a file or the name of a trained meta-optimizer, got the folder ."),
-        ({"norm": "l1"}, "invalid choice 'l1' for argument '--norm'.*; run metarobust transfer --help"),
+        ({"norm": "l1"}, "--norm must be one of .*, got 'l1'; run metarobust transfer --help"),
         ({"steps": 0}, "--steps must be an integer >= 1, got 0"),
         ({"examples": 1}, "--examples must be an integer >= 2, got 1"),
         ({"examples": 401}, "--examples must be at most 400, which the training part of digits has, got 401"),

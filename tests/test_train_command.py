@@ -49,7 +49,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(TrainingResult, "plot", lambda _, path: path.write_bytes(PNG))  # drawing takes longer than training
+    monkeypatch.setattr(TrainingResult, "plot", lambda _, path, title: path.write_bytes(PNG))  # drawing takes longer than training
 
     def run(*more: str, **flags: Any) -> tuple[int, str, str]:
         chosen = {"data": "digits", "epsilon": "0.1", "examples": 60, "batch_size": 30, "epochs": 1, "steps": 1}
@@ -441,7 +441,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(shell: Shell, interru
 def test_an_interrupt_while_the_results_are_written_costs_nothing(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, fits: list[Any]
 ) -> None:
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -535,7 +535,7 @@ ARMOR_ONLY = "is read by armor-\\* objectives only, not by {0}; leave it out, or
         ({"objective": "armor-at", "radius": 1, "natural_weight": 2}, "natural_weight must be a share from 0 to 1, got 2.0"),
         ({"objective": "armor-at", "radius": 1, "robust_classes": "one"}, "--robust-classes must be class numbers .*"),
         ({"objective": "armor-at", "radius": 1, "robust_classes": "1,12"}, "--robust-classes must be among .*, got 12"),
-        ({"objective": "pgd"}, ".*invalid choice:? 'pgd'.*"),
+        ({"objective": "pgd"}, ".*(must be one of|invalid choice:?) .*'pgd'.*"),
         ({"epsilon": "8"}, "epsilon must be at most 1 .* write 8 / 255"),
         ({"epsilon": "x"}, "--epsilon must be a number such as 0.3 or 8/255, got 'x'"),
         ({"learning_rate": 0}, "--learning-rate must be a finite number > 0, got 0.0"),
@@ -561,7 +561,7 @@ ARMOR_ONLY = "is read by armor-\\* objectives only, not by {0}; leave it out, or
         ({"model": "nets.py:five"}, r"data: y must be in \[0, 5\), the classes that the model has logits for, got .*"),
         ({"model": "cnn", "data": "wide.npz"}, "--model cnn takes square images, got 4 x 6 pixels; .*"),
         ({"model": "nets.py:build", "data": "wide.npz"}, r"--model must take images of the data, \[1, 1, 4, 6\], got .*"),
-        ({"data": "letters"}, "--data letters: name must be one of 'digits', 'mnist', .*, got 'letters'"),
+        ({"data": "letters"}, "--data letters: name must be one of 'digits', 'mnist', .*, got 'letters'; for data of your own pass a file .*"),
         ({"device": "abacus"}, "--device must be cpu, or a device that this machine has, got 'abacus'"),
     ],
 )  # fmt: skip

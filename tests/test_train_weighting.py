@@ -39,7 +39,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(TrainingResult, "plot", lambda _, path: path.write_bytes(PNG))  # drawing takes longer than training
+    monkeypatch.setattr(TrainingResult, "plot", lambda _, path, title: path.write_bytes(PNG))  # drawing takes longer than training
 
     def run(**flags: Any) -> tuple[int, str, str]:
         chosen = {"data": "digits", "epsilon": "0.1", "examples": 300, "batch_size": 90, "epochs": 2, "steps": 1}
@@ -505,7 +505,7 @@ ONLY = "only, with or without armor-, not by {}; leave it out"
         ({"noise_rate": 0.2}, "--noise-rate is read with --noise only; leave it out, or write --noise uniform"),
         *(({"noise": "pair", "noise_rate": rate}, f"--noise-rate must be a share from 0 to 1, got {float(rate)}; .*")
           for rate in (-0.1, 1.5, "nan")),
-        ({"noise": "flip3", "noise_rate": 0.1}, ".*invalid choice:? 'flip3'.*"),
+        ({"noise": "flip3", "noise_rate": 0.1}, ".*(must be one of|invalid choice:?) .*'flip3'.*"),
         ({"noise": "flip2", "noise_rate": 0.1, "data": "two.npz"}, "--noise: num_classes must be at least 3 .*, got 2; .*"),
         ({"base": "mart"}, f"--base is read by caat and meta-weight-net {ONLY.format('at')}"),
         ({"meta_every": 5, "objective": "frl"}, f"--meta-every is read by caat and meta-weight-net {ONLY.format('frl')}"),

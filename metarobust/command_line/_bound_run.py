@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
@@ -15,13 +15,15 @@ import torch
 
 from metarobust import __version__
 from metarobust._checks import is_out_of_memory
-from metarobust._files import json_text, write_atomically
+from metarobust._files import json_text, read_json, write_atomically
 from metarobust.bounds import RiskBound, plot_curve, risk_curve
 from metarobust.command_line._bound_reports import ModelReport, doubts, rows
 from metarobust.command_line._demo import writable_folder
-from metarobust.command_line._evaluate_run import _device, say
+from metarobust.command_line._evaluate_run import _device
+from metarobust.command_line._notes import say
 from metarobust.command_line._points import listed, read_points
 from metarobust.data import LabelledImages
+from metarobust.evaluation._inputs import data_digest
 
 if TYPE_CHECKING:
     from metarobust.command_line._bound import Bound
@@ -46,6 +48,8 @@ def run_bound(
     out = writable_folder(flags.out)
     if flags.kept.exists():
         print(f"going on from {flags.kept}", flush=True)
+    content = content_of(flags, epsilons, order, classes, points)
+    refuse_strangers(out / "bounds.json", content)
     doing = f"close pairs among {len(points):,} points, then {len(epsilons)} bounds"
     with warnings.catch_warnings(record=True) as warned, _busy(doing):
         warnings.simplefilter("always", UserWarning)
@@ -72,24 +76,8 @@ def run_bound(
     sentences = [*dict.fromkeys(str(warning.message) for warning in warned), *doubts(reports, bounds)]
     for sentence in sentences:
         say(sentence)
-    content = {
-        "scope": SCOPE,
-        "data": {
-            "name": Path(flags.data).name,
-            "part": None if flags.data.endswith(".npz") else flags.part or "test",
-            "classes": classes,
-            "examples": len(points),
-        },
-        "settings": {
-            "norm": flags.norm,
-            "epsilons": epsilons,
-            "order": order,
-            "method": flags.method,
-            "closed": flags.closed,
-            "most_sets": flags.most_sets,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-        },
+    content["settings"] |= {"device": str(device), "threads": torch.get_num_threads()}
+    content |= {
         "bounds": [bound.as_dict() | {"best_robust_accuracy": 1 - bound.lower} for bound in bounds],
         "models": rows(reports, bounds),
         "doubts": sentences,
@@ -110,6 +98,44 @@ def run_bound(
     plot_curve(bounds, out / "bounds.png", models=models)
     flags.kept.unlink(missing_ok=True)
     print(f"wrote bounds.json, bounds.md and bounds.png to {out}")
+
+
+def content_of(
+    flags: "Bound", epsilons: list[float], order: int | str, classes: list[int] | None, points: LabelledImages
+) -> dict[str, Any]:
+    """What the bounds are of: the beginning of bounds.json."""
+    return {
+        "scope": SCOPE,
+        "data": {
+            "name": Path(flags.data).name,
+            "part": None if flags.data.endswith(".npz") else flags.part or "test",
+            "classes": classes,
+            "examples": len(points),
+            "digest": data_digest(points.images, points.labels),
+        },
+        "settings": {
+            "norm": flags.norm,
+            "epsilons": epsilons,
+            "order": order,
+            "method": flags.method,
+            "closed": flags.closed,
+            "most_sets": flags.most_sets,
+        },
+    }
+
+
+def refuse_strangers(path: Path, content: dict[str, Any]) -> None:
+    """Bounds of other points or settings stay; those of the same are computed again and come out alike."""
+    if not path.exists():
+        return
+    try:
+        there = read_json(path)
+        same = there["data"] == content["data"] and content["settings"].items() <= there["settings"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        got = f"{path.parent}, whose bounds.json is of other points or settings"
+        raise ValueError(f"--out must be a folder without other bounds, got {got}; pass another --out, or move it away")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarobust._files import require_room
 from metarobust._tensor_files import WEIGHTS, read_tensors
-from metarobust.data import LabelledImages, load, load_npz
+from metarobust.command_line._points import read_points
 from metarobust.evaluation import evaluate
 from metarobust.threat_models import ThreatModel
 
@@ -29,10 +29,10 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
     """Build the model, read weights and data, evaluate, print, write."""
     threat_model = ThreatModel(norm=flags.norm, epsilon=epsilon)
     device = _device(flags.device)
-    data = read_data(flags)
     model = build_model(flags.model)
     if flags.weights is not None:
         load_weights(model, flags.weights, flags.model.rpartition(":")[2])
+    data = read_points(flags.data, part=None, root=flags.root, download=flags.download, examples=flags.examples)
     model = model.eval().requires_grad_(False).to(device)
     _probe(model, data.images[:1].to(device))
     report = evaluate(
@@ -54,13 +54,8 @@ def run_evaluation(flags: "Evaluate", epsilon: float) -> None:
         print("wrote " + " and ".join(written))
 
 
-def say(sentence: str) -> None:
-    """A note beside the report, which alone goes to standard output."""
-    print(f"metarobust: {sentence}", file=sys.stderr)
-
-
-def build_model(place: str) -> nn.Module:
-    """The module that the function at ``FILE.py:FUNCTION`` returns; runs the file."""
+def model_file(place: str) -> tuple[Path, str]:
+    """The file and the function of ``FILE.py:FUNCTION``; the file is there."""
     name, _, function = place.rpartition(":")
     path = Path(name)
     if not name or not function.isidentifier():
@@ -68,6 +63,12 @@ def build_model(place: str) -> nn.Module:
     if not path.is_file():
         remedy = f"; write {path}.py:{function}" if path.with_name(f"{path.name}.py").is_file() else ""
         raise FileNotFoundError(f"--model must name a file that exists, got {path}{remedy}")
+    return path, function
+
+
+def build_model(place: str) -> nn.Module:
+    """The module that the function at ``FILE.py:FUNCTION`` returns; runs the file."""
+    path, function = model_file(place)
     module = _own_code(path, lambda: _import(path))
     build = getattr(module, function, None)
     if not callable(build):
@@ -169,25 +170,6 @@ def _read_weights(path: Path) -> dict[str, Any]:
 def _few(names: list[str], most: int = 3) -> str:
     shown = ", ".join(itertools.islice(names, most))
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def read_data(flags: "Evaluate") -> LabelledImages:
-    """The named test set or the .npz file, cut to the first ``--examples``."""
-    try:
-        if flags.data.endswith(".npz"):
-            data = load_npz(flags.data)
-        else:
-            data = load(flags.data, train=False, root=flags.root, download=flags.download)
-    except FileNotFoundError as error:
-        if flags.data.endswith(".npz"):
-            raise FileNotFoundError(f"--data must name a file that exists, got {flags.data}") from error
-        remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
-        raise FileNotFoundError(f"--data {flags.data} is not in the data root; {remedy}") from error
-    except (KeyError, ValueError, TypeError) as error:
-        remedy = "" if flags.data.endswith(".npz") else "; for data of your own pass a file that ends in .npz"
-        raise ValueError(f"--data {flags.data}: {error.args[0]}{remedy}") from error
-    count = len(data) if flags.examples is None else min(flags.examples, len(data))
-    return data.select(torch.arange(count))
 
 
 def _device(name: str) -> torch.device:

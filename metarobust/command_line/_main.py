@@ -26,6 +26,23 @@ VERBS: dict[str, type] = {
 }  # fmt: skip
 OUT_OF_MEMORY = "must be small enough for the memory that is free"
 """Of the sentences that say themselves what to lower."""
+VALUES = (
+    (
+        r"Error parsing (?P<flag>--[a-z0-9-]+): (no type matching .*INT could|invalid literal for int)"
+        r".*?'(?P<got>[^']*)'\]?(\.| Got|$)",
+        "{flag} must be an integer, got '{got}'",
+    ),
+    (
+        r"Error parsing (?P<flag>--[a-z0-9-]+): (no type matching .*FLOAT could|could not convert string to float)"
+        r".*?'(?P<got>[^']*)'\]?(\.| Got|$)",
+        "{flag} must be a number, got '{got}'",
+    ),
+    (
+        r"invalid choice (?P<got>'[^']*') for argument '(?P<flag>--[a-z0-9-]+)'. Expected one of \((?P<known>[^)]*)\)",
+        "{flag} must be one of {known}, got {got}",
+    ),
+)
+"""What tyro says of a value that it cannot read, and what is said in place of it."""
 RENAMED = {("train", "--optimizer"): "--update"}
 
 
@@ -102,6 +119,9 @@ def _sentence(box: str, verb: str) -> str:
     first = " ".join(line.strip() for line in paragraphs[0]).rstrip(".")
     if not verb:
         return first or box.strip()
+    for pattern, expected in VALUES:
+        if found := re.match(pattern, first):
+            return expected.format(**found.groupdict())
     told = [" ".join(part) for part in paragraphs if part and part[0].strip().startswith("Unrecognized")]
     unknown = [word.strip(",") for part in told for word in part.partition("options:")[2].split() if word.startswith("-")]
     missing = []

@@ -19,8 +19,8 @@ from metarobust._processes import Processes
 from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
-from metarobust.command_line._evaluate_run import say
 from metarobust.command_line._meta_train_display import shown
+from metarobust.command_line._notes import say
 from metarobust.command_line._points import read_points
 from metarobust.command_line._train_files import _told, is_record
 from metarobust.command_line._train_network import WIDTHS, chosen_network
@@ -45,6 +45,10 @@ RADIUS = 0.1
 """ARMOR's budget, in units of KL."""
 SLOTS = 4
 """Tasks in progress at the same time, at least."""
+POPULATION = 16
+"""Settings of a generation."""
+CLEAN_WEIGHT = 0.5
+"""Of clean accuracy in the score of a setting, beside robust accuracy."""
 ELITE = 0.3
 """Share of the settings of a generation that the next one is drawn around."""
 CHECKPOINT_EVERY = 10
@@ -225,6 +229,11 @@ def announce(job: Job) -> None:
     print(f"{flags.rule} rule on {flags.gradient_source}; {flags.estimator}, meta-loss {flags.meta_loss}, {ball}")
     print(f"networks {', '.join(tasks.architectures)}; data {', '.join(tasks.datasets)}", end="")
     print(f"; {job.processes} processes" if job.processes > 1 else "", flush=True)
+    if flags.searches:
+        population, score = flags.population or POPULATION, f"robust accuracy + {CLEAN_WEIGHT:g} clean accuracy"
+        print(f"each generation tries {population} settings of the rule; score: {score} of the networks it trains", flush=True)
+    else:
+        print("meta-loss: of the networks that the rule trains, at most a batch of each; lower is better", flush=True)
     if job.resumed:
         print(f"going on from {flags.kept}", flush=True)
     write_record(job, finished=False)
@@ -237,7 +246,7 @@ def learned(job: Job, *, leads: bool) -> list[Any]:
         with shown(flags, leads=leads) as on_round:
             if flags.searches:
                 assert isinstance(rule, InterpretableOptimizer)
-                population = flags.population or 16
+                population = flags.population or POPULATION
                 return meta_search(
                     rule,
                     job.tasks.one_of_each,
@@ -245,6 +254,7 @@ def learned(job: Job, *, leads: bool) -> list[Any]:
                     population=population,
                     elite=max(1, round(ELITE * population)),
                     total_steps=(shortest, longest),
+                    clean_weight=CLEAN_WEIGHT,
                     seed=flags.seed,
                     checkpoint=flags.kept,
                     silent=True,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from metarobust.command_line._notes import say
 from metarobust.data import LabelledImages, load, load_npz
 
 
@@ -27,7 +28,8 @@ def read_points(
         remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
         raise FileNotFoundError(f"--data {data} is not in the data root; {remedy}") from error
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--data {data}: {error.args[0]}") from error
+        remedy = "" if packed else "; for data of your own pass a file that ends in .npz"
+        raise ValueError(f"--data {data}: {error.args[0]}{remedy}") from error
     kept = torch.arange(len(points))
     if classes is not None:
         known = sorted(set(points.labels.tolist()))
@@ -37,6 +39,8 @@ def read_points(
         kept = torch.isin(points.labels, torch.tensor(classes)).nonzero().squeeze(1)
     if len(kept) == 0:
         raise ValueError(f"--data must have at least one example, got none in {data}")
+    if packed and int(points.labels.min()) == 1:
+        say(f"no example of {data} has the label 0; where classes were counted from 1, store labels - 1")
     return points.select(kept[:examples])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from metarobust.command_line._evaluate_run import build_model
+from metarobust.command_line._evaluate_run import build_model, model_file
 from metarobust.data import LabelledImages
 from metarobust.models import cnn, mlp, residual_network
 
@@ -31,15 +31,23 @@ class Network:
     source: str | None
 
 
+def check_network(text: str | None, *, flag: str = "--model") -> None:
+    """Refuse what no data could make a network, before any are read."""
+    if text is None or text.partition(":")[0] in WIDTHS:
+        return
+    if ":" not in text:
+        raise ValueError(f"{flag} must be {KINDS}, got {text!r}")
+    model_file(text)
+
+
 def chosen_network(text: str | None, data: LabelledImages, *, flag: str = "--model") -> Network:
     """The network that ``flag`` names, with inputs and logits for the data; without a name, one that suits the images."""
     channels, height, width = data.images.shape[1:]
     if text is None:
         text = "mlp" if height != width or height <= 8 else "cnn"
+    check_network(text, flag=flag)
     kind, colon, rest = text.partition(":")
     if kind not in WIDTHS:
-        if not colon:
-            raise ValueError(f"{flag} must be {KINDS}, got {text!r}")
         return Network(name=text, build=lambda: build_model(text), source=None)
     widths = _widths(text, rest, flag) if colon else WIDTHS[kind]
     name = f"{kind}:{','.join(map(str, widths))}"

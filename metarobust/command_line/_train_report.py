@@ -4,11 +4,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metarobust._files import write_atomically
 from metarobust._tensor_files import WEIGHTS, write_tensors
-from metarobust.command_line._evaluate_run import say
+from metarobust.command_line._notes import say
 from metarobust.command_line._train_axes import MOVED
 from metarobust.command_line._train_checks import META_SET
 from metarobust.command_line._train_weighting import told_of
@@ -93,7 +94,9 @@ def write(job: "Job", result: TrainingResult, learned: dict[str, Any] | None) ->
     assert result.best is not None
     for path, state in ((files.best, result.best), (files.last, result.last)):
         write_tensors(path, state, {"format": WEIGHTS})
-    result.plot(files.figure)
+    ball = job.balls[-1]
+    norm = f"{ball.norm.replace('l', 'l_', 1)}, epsilon {ball.epsilon:.4g}"
+    result.plot(files.figure, title=f"{Path(job.flags.data).name}, {job.network.name}; {norm}")
     files.write_record(
         job.flags,
         finished=True,

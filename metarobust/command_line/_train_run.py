@@ -12,10 +12,11 @@ from torch import nn
 from metarobust._randomness import generator_for
 from metarobust._tensors import seeded
 from metarobust.attacks import PGD
-from metarobust.command_line._evaluate_run import _probe, say
+from metarobust.command_line._evaluate_run import _probe
+from metarobust.command_line._notes import say
 from metarobust.command_line._train_data import Parts, divided, read_training_data
 from metarobust.command_line._train_files import ResultFiles
-from metarobust.command_line._train_network import Network, chosen_network
+from metarobust.command_line._train_network import Network, check_network, chosen_network
 from metarobust.command_line._train_objectives import (
     build_objective,
     build_optimizer,
@@ -75,6 +76,7 @@ def run_training(flags: "Train", epsilon: float) -> None:
     optimizer_settings(flags)
     read_update(flags)
     build_schedule(flags)
+    check_network(flags.model)
     with joined_processes(flags.device) as (device, processes):
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: the others find what it has downloaded
         read = agreed(processes, lambda: read_training_data(flags) if first else None)

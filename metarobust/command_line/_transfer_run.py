@@ -13,9 +13,10 @@ from metarobust._files import json_text, write_atomically
 from metarobust._progress import progress_bar
 from metarobust._randomness import generator_for
 from metarobust._tensor_files import WEIGHTS, write_tensors
-from metarobust.command_line._evaluate_run import _device, say
+from metarobust.command_line._evaluate_run import _device
+from metarobust.command_line._notes import say
 from metarobust.command_line._points import read_points
-from metarobust.command_line._train_network import Network, chosen_network
+from metarobust.command_line._train_network import Network, check_network, chosen_network
 from metarobust.command_line._train_run import initial_model
 from metarobust.command_line._transfer_methods import (
     CLEAN,
@@ -59,6 +60,7 @@ def run_transfer(flags: "Transfer", epsilon: float, baselines: list[str]) -> Non
     threat_model = ThreatModel(norm=flags.norm, epsilon=epsilon)
     device = _device(flags.device)
     rule = learned_rule(flags.optimizer)
+    check_network(flags.model)
     pool, test = read_parts(flags)
     parts = divided(flags, pool, test, choosing=bool(baselines))
     network = chosen_network(flags.model, pool)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 BLUE, RED, GREY = "#2b6cb0", "#c1272d", "#8c8c8c"
 
 
-def draw_history(result: "TrainingResult", path: Path) -> Path:
+def draw_history(result: "TrainingResult", path: Path, title: str | None) -> Path:
     """Write the figure to ``path``; the panel of accuracies is left out for a run without validation."""
     # Figure and canvas without pyplot: no global state, no backend to choose, no window.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,6 +27,8 @@ def draw_history(result: "TrainingResult", path: Path) -> Path:
     figure = Figure(figsize=(10.0, 4.2) if validated else (5.6, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
     if validated:
         _draw_accuracies(panels[0], result)
     epochs = [record.epoch for record in result.history]

@@ -61,9 +61,14 @@ class TrainingResult:
         assert last is not None
         return best - last
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw loss and validation accuracies against the epoch; the suffix of ``path`` chooses the format."""
-        return draw_history(self, Path(path))
+    def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+        """Draw loss and validation accuracies against the epoch; the suffix of ``path`` chooses the format.
+
+        Args:
+            path: the figure.
+            title: above it, such as the data and the norm.
+        """
+        return draw_history(self, Path(path), title)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``last.safetensors``, ``best.safetensors`` (with validation) and ``history.json`` into ``folder``.

@@ -57,8 +57,18 @@ ROWS = [
     (f"{EVALUATE} --eps 0.1", ("evaluate does not know --eps (did you mean --epsilon?); run metarobust evaluate --help")),
     (
         f"{EVALUATE} --seed one",
-        ("Error parsing --seed: invalid literal for int() with base 10: 'one'; run metarobust evaluate --help"),
+        ("--seed must be an integer, got 'one'; run metarobust evaluate --help"),
     ),
+    (f"{EVALUATE} --examples 1e3", "--examples must be an integer, got '1e3'; run metarobust evaluate --help"),
+    (
+        "train --data digits --epsilon 0.1 --learning-rate fast",
+        "--learning-rate must be a number, got 'fast'; run metarobust train --help",
+    ),
+    (
+        "train --data digits --epsilon 0.1 --model nowhere.py:build",
+        "--model must name a file that exists, got nowhere.py",
+    ),
+    ("transfer --data digits --epsilon 0.1 --model nowhere.py:build", "--model must name a file that exists, got nowhere.py"),
     # evaluate: units and choices
     (
         EVALUATE.replace("8/255", "8"),
@@ -78,14 +88,11 @@ ROWS = [
     (EVALUATE.replace("8/255", "8/0"), ("--epsilon must be a number such as 0.3 or 8/255, got '8/0'")),
     (
         f"{EVALUATE} --norm l0",
-        ("invalid choice 'l0' for argument '--norm'. Expected one of ('linf', 'l2', 'l1'); run metarobust evaluate --help"),
+        ("--norm must be one of 'linf', 'l2', 'l1', got 'l0'; run metarobust evaluate --help"),
     ),
     (
         f"{EVALUATE} --protocol autoattack",
-        (
-            "invalid choice 'autoattack' for argument '--protocol'. Expected one of ('quick', 'standard', "
-            "'strong'); run metarobust evaluate --help"
-        ),
+        ("--protocol must be one of 'quick', 'standard', 'strong', got 'autoattack'; run metarobust evaluate --help"),
     ),
     (f"{EVALUATE} --batch-size 0", ("--batch-size must be an integer >= 1, got 0")),
     (f"{EVALUATE} --examples -3", ("--examples must be an integer >= 1, got -3")),
@@ -207,10 +214,10 @@ ROWS = [
     (
         "train --data digits --epsilon 0.1 --objective fast --out net2.safetensors",
         (
-            "invalid choice 'fast' for argument '--objective'. Expected one of ('at', 'trades', 'mart', 'udr', "
+            "--objective must be one of 'at', 'trades', 'mart', 'udr', "
             "'beta', 'smoothed-beta', 'caat', 'meta-weight-net', 'frl', 'armor-at', 'armor-trades', "
             "'armor-mart', 'armor-udr', 'armor-beta', 'armor-smoothed-beta', 'armor-caat', "
-            "'armor-meta-weight-net', 'armor-frl'); run metarobust train --help"
+            "'armor-meta-weight-net', 'armor-frl', got 'fast'; run metarobust train --help"
         ),
     ),
     ("train --data digits --epsilon 0.1 --epochs 0 --out net2.safetensors", ("--epochs must be an integer >= 1, got 0")),
@@ -262,7 +269,7 @@ ROWS = [
     ),
     (
         "bound --data good.npz --norm l1 --epsilons 0.1",
-        ("invalid choice 'l1' for argument '--norm'. Expected one of ('l2', 'linf'); run metarobust bound --help"),
+        ("--norm must be one of 'l2', 'linf', got 'l1'; run metarobust bound --help"),
     ),
     # meta-train, transfer, demo
     (
