@@ -247,11 +247,13 @@ def labels(y: Tensor, *, examples: int, classes: int | None = None, device: torc
         TypeError: the labels are not int64.
         ValueError: wrong shape, or a label outside the classes.
     """
-    one_hot = "for one-hot rows write y.argmax(dim=1)" if isinstance(y, Tensor) and y.ndim == 2 else ""
+    rows = ""
+    if isinstance(y, Tensor) and y.ndim == 2:
+        rows = "for one-hot rows write y.argmax(dim=1)" if y.shape[1] > 1 else "write y.flatten()"
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         remedy = "write y.long()" if isinstance(y, Tensor) else tensor_of("y", y) + ".long()"
-        raise TypeError(message("y", "class indices of dtype torch.int64", kind(y), one_hot or remedy))
-    require(y.shape == (examples,), "y", f"of shape [{examples}], one label per example", list(y.shape), one_hot)
+        raise TypeError(message("y", "class indices of dtype torch.int64", kind(y), rows or remedy))
+    require(y.shape == (examples,), "y", f"of shape [{examples}], one label per example", list(y.shape), rows)
     if device is not None:
         require(y.device == device, "y", f"on the device of x, {device}", y.device, f"write y.to({str(device)!r})")
     has_values("y", y)

@@ -254,7 +254,7 @@ def test_reports_with_one_name_in_two_folders_stay_apart(shell: Shell) -> None:
         ({"classes": "3,seven"}, "--classes must be class numbers with commas between, got '3,seven'; write --classes 3,7"),
         ({"classes": "1,5"}, "--classes must be among those of the data, 0, 1, got 5"),
         ({"part": "train"}, "--part must be left out for an .npz file, which has no parts, got train"),
-        ({"data": "letters"}, "--data letters: name must be one of 'digits', 'mnist', .*, got 'letters'; for data of your own pass a file .*"),
+        ({"data": "letters"}, "--data letters: name must be one of 'digits', .*, got 'letters'; for data of your own pass .*"),
         ({"data": "none.npz"}, "--data must name a file that exists, got none.npz"),
         ({"data": "empty.npz"}, "--data must have at least one example, got none in empty.npz"),
         ({"device": "tpu"}, "--device must be cpu, or a device that this machine has, got 'tpu'"),

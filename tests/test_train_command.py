@@ -49,7 +49,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(TrainingResult, "plot", lambda _, path, title: path.write_bytes(PNG))  # drawing takes longer than training
+    monkeypatch.setattr(TrainingResult, "plot", lambda _, path, title: path.write_bytes(PNG))  # drawing takes long
 
     def run(*more: str, **flags: Any) -> tuple[int, str, str]:
         chosen = {"data": "digits", "epsilon": "0.1", "examples": 60, "batch_size": 30, "epochs": 1, "steps": 1}
@@ -561,7 +561,7 @@ ARMOR_ONLY = "is read by armor-\\* objectives only, not by {0}; leave it out, or
         ({"model": "nets.py:five"}, r"data: y must be in \[0, 5\), the classes that the model has logits for, got .*"),
         ({"model": "cnn", "data": "wide.npz"}, "--model cnn takes square images, got 4 x 6 pixels; .*"),
         ({"model": "nets.py:build", "data": "wide.npz"}, r"--model must take images of the data, \[1, 1, 4, 6\], got .*"),
-        ({"data": "letters"}, "--data letters: name must be one of 'digits', 'mnist', .*, got 'letters'; for data of your own pass a file .*"),
+        ({"data": "letters"}, "--data letters: name must be one of 'digits', .*, got 'letters'; for data of your own pass .*"),
         ({"device": "abacus"}, "--device must be cpu, or a device that this machine has, got 'abacus'"),
     ],
 )  # fmt: skip

@@ -39,7 +39,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(TrainingResult, "plot", lambda _, path, title: path.write_bytes(PNG))  # drawing takes longer than training
+    monkeypatch.setattr(TrainingResult, "plot", lambda _, path, title: path.write_bytes(PNG))  # drawing takes long
 
     def run(**flags: Any) -> tuple[int, str, str]:
         chosen = {"data": "digits", "epsilon": "0.1", "examples": 300, "batch_size": 90, "epochs": 2, "steps": 1}

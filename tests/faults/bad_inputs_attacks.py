@@ -290,7 +290,7 @@ ROWS = [
         "y one-hot",
         lambda: pgd()(network(), X, nn.functional.one_hot(Y)),
         ValueError,
-        "y must be of shape [6], one label per example, got [6, 3]",
+        "y must be of shape [6], one label per example, got [6, 3]; for one-hot rows write y.argmax(dim=1)",
     ),
     BadInput(
         "attacks.PGD",
@@ -304,7 +304,7 @@ ROWS = [
         "y a column",
         lambda: pgd()(network(), X, Y[:, None]),
         ValueError,
-        "y must be of shape [6], one label per example, got [6, 1]",
+        "y must be of shape [6], one label per example, got [6, 1]; write y.flatten()",
     ),
     BadInput(
         "attacks.PGD",

@@ -541,7 +541,7 @@ ROWS = [
         "y one-hot",
         lambda: train(data=(X, nn.functional.one_hot(Y))),
         ValueError,
-        "data: y must be of shape [6], one label per example, got [6, 3]",
+        "data: y must be of shape [6], one label per example, got [6, 3]; for one-hot rows write y.argmax(dim=1)",
     ),
     BadInput(
         "training.fit",
