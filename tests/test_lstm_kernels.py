@@ -1,5 +1,6 @@
 """The kernels of the LSTM's step on a GPU, without one: interpreted on the CPU, and compiled for devices that are not there."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -48,9 +49,12 @@ def test_they_compile_for_a_gpu_that_is_not_there(kernel: str, two_streams: bool
     }
     kinds = {name: "fp32" if name in FLOATS else "i32" if name in INTEGERS else "*i64" for name in FLOATS | INTEGERS | ADDRESSES}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
-    source = ASTSource(
-        fn=function, signature=signature, constexprs={(function.arg_names.index(k),): v for k, v in constants.items()}
-    )
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=function, signature=signature, constexprs=places)
+    else:  # Triton 3.2
+        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        source = ASTSource(fn=function, signature=signature, constants=constants)  # type: ignore[call-arg]
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
     assert len(compiled.asm["cubin"]) > 1000
 
@@ -75,3 +79,17 @@ def test_plans_cover_every_coordinate_once_and_no_block_crosses_a_tensor() -> No
         covered[first : first + min(128, sizes[owner] - begin)] += 1
     assert (covered == 1).all()
     assert plan.first_block.tolist() == [0, 3, 3, 4, 5, 7]
+
+
+def test_without_triton_the_other_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metarobust import meta_optimizers
+    from metarobust.meta_optimizers import _lstm
+
+    monkeypatch.delattr(meta_optimizers, "_lstm_fused", raising=False)
+    monkeypatch.setitem(sys.modules, "metarobust.meta_optimizers._lstm_fused", None)
+    _lstm._fused.cache_clear()
+    try:
+        assert _lstm._fused() is None
+        assert not LSTMOptimizer()._fuses([torch.zeros(2, 2)])
+    finally:
+        _lstm._fused.cache_clear()

@@ -1,8 +1,9 @@
 """The coordinatewise LSTM meta-optimizer: one small recurrent network, shared by all coordinates of all tensors."""
 
-import importlib.util
 import math
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -18,6 +19,16 @@ from metarobust.meta_optimizers._lstm_in_place import lstm_step_in_place
 from metarobust.meta_optimizers._update_rule import COEFFICIENT_SPEED, UpdateRule, checked_streams
 
 BASES = ("adam", "none")
+
+
+@cache
+def _fused() -> ModuleType | None:
+    """The step in three kernels; None where Triton is missing, or cannot be imported (its version 3.2 needs setuptools)."""
+    try:
+        from metarobust.meta_optimizers import _lstm_fused
+    except ImportError:
+        return None
+    return _lstm_fused
 
 
 class LSTMState(NamedTuple):
@@ -223,11 +234,10 @@ class LSTMOptimizer(UpdateRule):
         return self.bias.device.type == "cpu" or (self.bias.device.type == "cuda" and self._fuses(parameters))
 
     def _fuses(self, parameters: Sequence[Tensor]) -> bool:
-        if importlib.util.find_spec("triton") is None or any(p.dtype != torch.float32 for p in parameters):
+        fused = _fused()
+        if fused is None or any(p.dtype != torch.float32 for p in parameters):
             return False
-        from metarobust.meta_optimizers import _lstm_fused
-
-        return self.hidden_size <= _lstm_fused.MOST_UNITS and _lstm_fused.runs(self)
+        return self.hidden_size <= fused.MOST_UNITS and fused.runs(self)
 
     def step_in_place(
         self,
