@@ -120,14 +120,14 @@ class Measured:
         return found
 
     def conditions(self, name: str) -> str:
-        """Hardware and versions that its files tell."""
+        """Hardware and versions that its files tell, with a ``remark`` that was added by hand, such as on a shared machine."""
         environments = [content["environment"] for content in self.contents(name) if "environment" in content]
         if not environments:
             return "hardware not recorded in the file"
         told = []
         for e in environments:
             place = e["gpu"] or f"{e['cpu'].replace('(R)', '')}, {e['threads']} thread{'s' if e['threads'] > 1 else ''}"
-            line = f"{place}, Python {e['python']}, torch {e['torch']}, torchopt {e['torchopt']}"
+            line = f"{place}, Python {e['python']}, torch {e['torch']}, torchopt {e['torchopt']}{e.get('remark', '')}"
             if line not in told:
                 told.append(line)
         return "; ".join(told)
