@@ -168,7 +168,7 @@ def draw(results: list[dict[str, Any]], settings: experiment.DemoSettings, path:
         axis.set_xlabel("training step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("worst of pgd-20 and margin-pgd-20, test digits")
+    axes[0].set_ylabel("test accuracy, worse of pgd-20 and margin-pgd-20")
     axes[0].set_ylim(bottom=0)
     title = f"{settings.target_examples} training examples, l_inf epsilon {experiment.THREAT_MODEL.epsilon:g}"
     figure.suptitle(title + f", {settings.seeds} seeds (band: one sd)" + (", quick run" if quick else ""))

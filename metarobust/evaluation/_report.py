@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metarobust._files import write_atomically
+from metarobust._files import json_text, write_atomically
 from metarobust.evaluation._distance import DistanceToBound, distance_to_bound
 from metarobust.evaluation._fairness import ClassErrors, ClassSummary, class_errors, class_summary
 from metarobust.evaluation._reliability import Doubt
@@ -128,7 +128,7 @@ class RobustnessReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text; written to ``path`` too, atomically, when one is given. NaN becomes null."""
-        text = json.dumps(self._plain() | {"errors": _plain(self.errors.as_dict())}, indent=2, allow_nan=False) + "\n"
+        text = json_text(self._plain() | {"errors": _plain(self.errors.as_dict())})
         if path is not None:
             write_atomically(Path(path), lambda temporary: temporary.write_text(text))
         return text
@@ -187,7 +187,7 @@ class RobustnessReport:
             autoattack_accuracy=autoattack_accuracy,
         )  # fmt: skip
         if path is not None:
-            text = json.dumps(entry, indent=2) + "\n"
+            text = json_text(entry)
             write_atomically(Path(path), lambda temporary: temporary.write_text(text))
         return entry
 
@@ -240,9 +240,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def _plain(value: Any) -> Any:
-    """Lists, dictionaries, text, numbers and None only; numbers that JSON lacks become None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    """Lists, dictionaries, text, numbers and None only."""
     if isinstance(value, Doubt):
         return {"check": value.check, "reason": value.reason, "remedy": value.remedy}
     if isinstance(value, DistanceToBound):
