@@ -119,8 +119,8 @@ def draw(found: dict[str, dict[str, Tensor]], path: Path) -> None:
         for name, weights in groups.items():
             shares, look = torch.full_like(weights, 1 / len(weights)).numpy(), {"histtype": "step", "color": COLOURS[name]}
             panel.hist(weights.numpy(), bins=20, range=(0, 1), weights=shares, label=f"{name} ({len(weights)})", **look)
-        panel.set(title=title, xlabel="weight of the anti-adversary (hard: right label, wrong prediction)", ylabel="share of the group")
-        panel.legend(fontsize=8)
+        panel.set(title=title, xlabel="weight of the anti-adversary", ylabel="share of the group")
+        panel.legend(fontsize=8, title="hard: right label, wrong prediction", title_fontsize=8)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
