@@ -77,11 +77,13 @@ def _draw_bounds(axes: Any, bounds: Sequence["RiskBound"], further: Sequence[flo
     epsilons = [bound.epsilon for bound in bounds]
     lower, upper = [bound.lower for bound in bounds], [bound.upper for bound in bounds]
     # The last step goes on a little, or as far as there are models: it holds at every larger radius.
-    end = max([epsilons[-1] + 0.04 * (epsilons[-1] - epsilons[0] or epsilons[-1] or 1.0), *further])
+    single = epsilons[0] == epsilons[-1]  # then its own size is the scale, and the axis begins at 0
+    on = 0.3 * (epsilons[0] or 1.0) if single else 0.04 * (epsilons[-1] - epsilons[0])
+    end = max([epsilons[-1] + on, *further])
     reach, floor = [*epsilons, end], [*lower, lower[-1]]
     axes.fill_between(reach, 0, floor, step="post", color=GREY, linewidth=0, label="no classifier gets here, on these points")
     # The optimal risk grows with epsilon: an upper end holds at every smaller radius, a lower end at every larger one.
-    begin = min([epsilons[0], *further])
+    begin = min([0.0 if single else epsilons[0], *further])
     axes.step([begin, *epsilons], [upper[0], *upper], where="pre", color=BLACK, linewidth=1.0, label="some classifier gets here")
     exact = [bound for bound in bounds if bound.exact]
     if exact:
