@@ -395,11 +395,11 @@ def test_root_and_download_are_passed_on_and_absence_is_a_sentence(shell: Shell,
         roots.append((name, train, root, download))
         return load_data("digits", train=False)
 
-    monkeypatch.setattr("metarobust.command_line._evaluate_run.load", load)
+    monkeypatch.setattr("metarobust.command_line._points.load", load)
     assert shell(data="mnist")[0] == 0
     assert shell("--download", data="mnist", root="/somewhere")[0] == 0
     assert roots == [("mnist", False, None, False), ("mnist", False, Path("/somewhere"), True)]
-    monkeypatch.setattr("metarobust.command_line._evaluate_run.load", absent)
+    monkeypatch.setattr("metarobust.command_line._points.load", absent)
     said = shell.fails(data="mnist")
     remedy = "pass --root or set METAROBUST_DATA to a folder that has it, or pass --download"
     assert said == f"--data mnist is not in the data root; {remedy}"
