@@ -175,11 +175,12 @@ def step_kernel(
         i, f, o, c = _add(i, f, o, c, _cut(h / scale, 5.0), w + 10, INPUTS, UNITS, unit, known)
         i, f, o, c = _add(i, f, o, c, _cut(mean_h / (first * scale), 5.0), w + 11, INPUTS, UNITS, unit, known)
 
-    of_units = row[:, None] + unit.to(tl.int64)[None, :] * coordinates
+    apart = tl.cast(coordinates, tl.int64)  # of the rows of two units; a multiple of it may need more than 32 bits
+    of_units = row[:, None] + unit[None, :] * apart
     both = inside[:, None] & known[None, :]
     below = zero
     for layer in tl.static_range(LAYERS):
-        state = layer * UNITS * coordinates
+        state = layer * UNITS * apart
         if layer > 0:
             above = bias + layer * 4 * UNITS
             i = zero + tl.load(above + unit, mask=known, other=0.0)[None, :]
@@ -192,7 +193,7 @@ def step_kernel(
                 i, f, o, c = _add(i, f, o, c, value, between + k, UNITS, UNITS, unit, known)
         recurrent = recurrent_weight + layer * 4 * UNITS * UNITS
         for k in tl.range(0, UNITS, loop_unroll_factor=8):
-            value = tl.load(hidden + state + k * coordinates + row, mask=inside, other=0.0)
+            value = tl.load(hidden + state + k * apart + row, mask=inside, other=0.0)
             i, f, o, c = _add(i, f, o, c, value, recurrent + k, UNITS, UNITS, unit, known)
         kept = tl.load(cell + state + of_units, mask=both, other=0.0)
         kept = tl.sigmoid(f) * kept + tl.sigmoid(i) * _tanh(c)
