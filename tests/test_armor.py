@@ -13,7 +13,7 @@ from metarobust.attacks import FGSM, PGD
 from metarobust.divergences import KL, Alpha, Renyi
 from metarobust.dro import worst_case_expectation
 from metarobust.losses import cross_entropy
-from metarobust.objectives import ARMOR, MART, TRADES, UDR, AdversarialTraining, BETATraining
+from metarobust.objectives import ARMOR, MART, TRADES, UDR, AdversarialTraining, BETATraining, PairLoss
 from metarobust.threat_models import ThreatModel
 from metarobust.transport_costs import HardBall, Insertion, NormPower, SoftHinge
 
@@ -545,7 +545,7 @@ SETTINGS = {"robust_loss": ROBUST_LOSSES["adversarial_training"], "divergence": 
         ({"transport_cost": NormPower(weight=1.0)}, "step_size must be given for NormPower"),
         (
             {"transport_cost": HardBall(threat_model=LINF), "robust_loss": ROBUST_LOSSES["beta_training"]},
-            "robust_loss must be AdversarialTraining, TRADES, MART or UDR beside a transport cost, which must charge a given",
+            "robust_loss must be AdversarialTraining, TRADES, MART, UDR or another PairLoss beside a transport cost, got BETA",
         ),
         (
             {"transport_cost": Insertion(weight=1.0), "robust_loss": ROBUST_LOSSES["trades"]},
@@ -572,3 +572,33 @@ def test_bad_settings_end_in_one_sentence(changes, sentence):
 def test_bad_settings_of_udr_end_in_one_sentence(changes, sentence):
     with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
         UDR(**{"threat_model": LINF} | changes)
+
+
+# A robust loss of one's own ---------------------------------------------------------------------------------------------
+
+
+class OwnLoss:
+    """The charge of TRADES at beta 2 at the points of an attack, as a user would write it."""
+
+    reads_clean, attack = True, ATTACK
+
+    def moved(self, model, x, y, *, generator=None):
+        return self.attack(model, x, y, generator=generator)
+
+    def charge(self, clean, moved, y):
+        return TRADES(threat_model=ATTACK.threat_model, beta=2.0).charge(clean, moved, y)
+
+    def __call__(self, model, x, y, *, generator=None):
+        return self.charge(model(x), model(self.moved(model, x, y, generator=generator)), y)
+
+
+@pytest.mark.parametrize("with_cost", [False, True])
+def test_a_loss_of_ones_own_that_comes_apart_is_one_of_the_package(with_cost):
+    settings = {"transport_cost": COSTS["soft_hinge"], "steps": 3, "step_size": 0.05} if with_cost else {}
+    theirs = TRADES(attack=ATTACK, beta=2.0)
+    assert isinstance(OwnLoss(), PairLoss)
+    model, (x, y) = network(), batch()
+    objectives = [ARMOR(robust_loss=loss, divergence=KL(), radius=0.1, **settings) for loss in (OwnLoss(), theirs)]
+    own, packaged = (objective(model, x, y, generator=seeded(3)) for objective in objectives)
+    torch.testing.assert_close(own.loss, packaged.loss)
+    assert own.loss.isfinite()

@@ -155,7 +155,7 @@ class ARMOR:
             _ = self._ascent
             if not isinstance(self.robust_loss, PairLoss):
                 name = type(self.robust_loss).__name__
-                expected = "AdversarialTraining, TRADES, MART or UDR beside a transport cost, which must charge a given point"
+                expected = "AdversarialTraining, TRADES, MART, UDR or another PairLoss beside a transport cost"
                 raise TypeError(message("robust_loss", expected, name, "leave transport_cost out"))
 
     @property

@@ -11,28 +11,85 @@ from metarobust.types import Attack, Model
 
 @runtime_checkable
 class PairLoss(Protocol):
-    """An objective that comes apart: where it moves x, and what it charges for the logits there.
+    r"""A robust loss that comes apart: where it moves x, and what it charges for the logits there.
 
-    ``reads_clean`` says whether the charge depends on the logits at x. Without, ``clean`` is not read.
+    What comes apart can be combined further: `ARMOR` with a transport cost moves x in its own way and asks for the charge, and
+    `CAAT` and `MetaWeightNet` charge adversaries and anti-adversaries alike. `AdversarialTraining`, `TRADES`, `MART` and `UDR`
+    come apart; a class of your own with these four members does too.
+
+    Attributes:
+        reads_clean: whether the charge depends on the logits at x. Without, ``clean`` is not read.
+
+    Example:
+        >>> from metarobust.attacks import PGD
+        >>> from metarobust.losses import cross_entropy
+        >>> from metarobust.threat_models import ThreatModel
+        >>> class SquaredChange:
+        ...     '''Cross-entropy, and how far the logits move.'''
+        ...     reads_clean, attack = True, PGD(threat_model=ThreatModel(epsilon=0.1), steps=2)
+        ...     def moved(self, model, x, y, *, generator=None):
+        ...         return self.attack(model, x, y, generator=generator)
+        ...     def charge(self, clean, moved, y):
+        ...         return cross_entropy(clean, y) + (moved - clean).square().sum(dim=1)
+        ...     def __call__(self, model, x, y, *, generator=None):
+        ...         return self.charge(model(x), model(self.moved(model, x, y, generator=generator)), y)
+        >>> isinstance(SquaredChange(), PairLoss), isinstance(SquaredChange(), BallLoss)
+        (True, False)
     """
 
     @property
-    def reads_clean(self) -> bool: ...
+    def reads_clean(self) -> bool:
+        """Whether the charge depends on the logits at x."""
+        ...
 
-    def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One loss per example, ``[batch]``: the charge at the points that `moved` finds.
 
-    def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor: ...
+        Args:
+            model, x, y, generator: as in `moved`.
+        """
+        ...
+
+    def moved(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The points, like ``x``, a constant for gradients.
+
+        Args:
+            model: from inputs to logits.
+            x: ``[batch, ...]``, input units.
+            y: ``[batch]``, int64.
+            generator: of the noise, on the CPU.
+        """
+        ...
+
+    def charge(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """One loss per example, ``[batch]``.
+
+        Args:
+            clean: logits ``[batch, classes]`` at x.
+            moved: logits ``[batch, classes]`` at the moved points.
+            y: ``[batch]``, int64.
+        """
+        ...
 
 
 @runtime_checkable
 class BallLoss(PairLoss, Protocol):
-    """A `PairLoss` for which any attack inside a ball may find the points.
+    """A `PairLoss` for which any attack inside a ball may find the points, as `CAAT` does with radii of its own.
 
-    ``climbed`` is what such an attack climbs in the moved logits: the charge, or the part of it that moves, or what the authors
-    of the objective climb instead.
+    Example:
+        >>> from metarobust.objectives import TRADES, UDR
+        >>> from metarobust.threat_models import ThreatModel
+        >>> [isinstance(loss(threat_model=ThreatModel(epsilon=0.1)), BallLoss) for loss in (TRADES, UDR)]
+        [True, False]
     """
 
-    def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor: ...
+    def climbed(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """What such an attack climbs, ``[batch]``: the charge, the part of it that moves, or what its authors climb.
+
+        Args:
+            clean, moved, y: as in `charge`.
+        """
+        ...
 
 
 def check_attack(attack: Any) -> None:

@@ -60,6 +60,8 @@ WITHOUT_A_ROW = {
     "meta_weighters.VirtualUpdate": RESULT,
     "meta_weighters.Weighting": RESULT,
     "objectives.ARMORLoss": RESULT,
+    "objectives.BallLoss": PROTOCOL,
+    "objectives.PairLoss": PROTOCOL,
     "training.EpochRecord": RESULT,
     "training.initialise_from_environment": "reads the environment that torchrun sets",
     "transport_costs.TransportCost": PROTOCOL,
