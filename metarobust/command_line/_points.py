@@ -1,5 +1,6 @@
 """Reading the data set that a flag names."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def read_points(
         kept = torch.isin(points.labels, torch.tensor(classes)).nonzero().squeeze(1)
     if len(kept) == 0:
         raise ValueError(f"--data must have at least one example, got none in {data}")
-    if packed and int(points.labels.min()) == 1:
+    if packed and int(points.labels.min()) == 1 and os.environ.get("RANK", "0") == "0":  # one process of many says it
         say(f"no example of {data} has the label 0; where classes were counted from 1, store labels - 1")
     return points.select(kept[:examples])
 

@@ -129,7 +129,12 @@ def _parameter_scale(layout: Layout, dtype: torch.dtype, device: torch.device) -
     return layout.spread(torch.tensor([math.sqrt(fan_in) for _, fan_in in layout.roles], dtype=dtype, device=device))
 
 
-def time_basis(step: int, total_steps: int, like: Tensor) -> Tensor:
-    """Legendre polynomials of degree 0, 1, 2 in relative time, clipped at the planned number of steps; shape ``[3]``."""
+def legendre(step: int, total_steps: int) -> tuple[float, float, float]:
+    """Legendre polynomials of degree 0, 1, 2 in relative time, clipped at the planned number of steps."""
     p = 2 * min(1.0, (step - 1) / max(1, total_steps - 1)) - 1
-    return torch.tensor([1.0, p, (3 * p * p - 1) / 2], dtype=like.dtype, device=like.device)
+    return 1.0, p, (3 * p * p - 1) / 2
+
+
+def time_basis(step: int, total_steps: int, like: Tensor) -> Tensor:
+    """`legendre` as a tensor ``[3]``."""
+    return torch.tensor(legendre(step, total_steps), dtype=like.dtype, device=like.device)

@@ -235,7 +235,7 @@ class LSTMOptimizer(UpdateRule):
 
     def _fuses(self, parameters: Sequence[Tensor]) -> bool:
         fused = _fused()
-        if fused is None or any(p.dtype != torch.float32 for p in parameters):
+        if fused is None or any(p.dtype != torch.float32 for p in (self.bias, *parameters)):
             return False
         return self.hidden_size <= fused.MOST_UNITS and fused.runs(self)
 
@@ -258,9 +258,7 @@ class LSTMOptimizer(UpdateRule):
         """
         if parameters[0].device.type == "cpu":
             return lstm_step_in_place(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
-        from metarobust.meta_optimizers._lstm_fused import lstm_step_fused
-
-        return lstm_step_fused(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
+        return cast("ModuleType", _fused()).lstm_step_fused(self, parameters, g, h, state, layout, total_steps=total_steps, lr=lr)
 
     def _cells(self, inputs: list[Tensor], bias: Tensor, state: LSTMState) -> tuple[Tensor, Tensor]:
         """All stacked cells once, units first: ``inputs [features, n] -> hidden, cell [layers, units, n]``.

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from metarobust.meta_optimizers import _lstm_kernels as kernels
-from metarobust.meta_optimizers._features import FAST, SECOND, SLOW, dynamic_count
+from metarobust.meta_optimizers._features import FAST, SECOND, SLOW, dynamic_count, legendre
 from metarobust.meta_optimizers._layout import Layout, layout_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def runs(rule: "LSTMOptimizer") -> bool:
 
 
 def _try(rule: "LSTMOptimizer") -> None:
-    p = torch.zeros(2, 2, device=rule.bias.device)
+    p = torch.zeros(2, 2, dtype=torch.float32, device=rule.bias.device)
     layout = layout_of((p.shape,), False)
     second = [p] if rule.two_streams else None
     lstm_step_fused(rule, [p.clone()], [p], second, rule.initial_state(p.view(1, 4)), layout, total_steps=1, lr=1.0)
@@ -90,7 +90,7 @@ def plan_of(layout: Layout, device: torch.device, block: int) -> Plan:
     owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     begin = (torch.arange(len(owner)) - first_block[owner]) * block
     roles = torch.tensor([role for role, _ in layout.roles])
-    fan_in = torch.tensor([float(fan_in) for _, fan_in in layout.roles])
+    fan_in = torch.tensor([float(fan_in) for _, fan_in in layout.roles], dtype=torch.float32)
     found = Plan(owner, begin, sizes, sizes.cumsum(0) - sizes, roles, fan_in, first_block)
     return Plan(*(value.to(device) for value in found))
 
@@ -119,14 +119,14 @@ def lstm_step_fused(
     blocks = len(plan.owner)
     if blocks == 0:
         return state._replace(step=state.step + 1)
-    g = [value.contiguous() for value in g]
-    second = [None if value is None else value.contiguous() for value in h or ()]
+    g = [value.float().contiguous() for value in g]
+    second = [None if value is None else value.float().contiguous() for value in h or ()]
     addresses = [0 if value is None else value.data_ptr() for value in (*parameters, *g, *second)]
     told = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
-    squares = torch.empty(3 if two else 2, blocks, device=device)
-    table = torch.empty(tensors, kernels.BEFORE_GATES + 4 * units, device=device)
+    squares = torch.empty(3 if two else 2, blocks, dtype=torch.float32, device=device)
+    table = torch.empty(tensors, kernels.BEFORE_GATES + 4 * units, dtype=torch.float32, device=device)
     inputs, dynamic = rule.input_weight.shape[1], dynamic_count("full", two_streams=two)
-    relative = 2 * min(1.0, (step - 1) / max(1, total_steps - 1)) - 1
+    _, first_degree, second_degree = legendre(step, total_steps)
     nothing = squares  # stands where the kernels read nothing
     moments = [nothing if value is None else value for value in state.moments]
     squares_kernel: Any = kernels.squares_kernel
@@ -137,7 +137,7 @@ def lstm_step_fused(
         tensors_kernel[(tensors,)](
             squares, plan.first_block, plan.sizes, plan.roles, plan.fan_in, table,
             rule.bias, rule.time_weight, rule.input_weight, rule.log_learning_rate, rule.factor_coefficient if two else nothing,
-            blocks, relative, (3 * relative**2 - 1) / 2, math.log(rule.initial_learning_rate),
+            blocks, first_degree, second_degree, math.log(rule.initial_learning_rate),
             GATES=4 * units, GATES_UP=triton.next_power_of_2(4 * units), INPUTS=inputs, DYNAMIC=dynamic, TWO=two, CHUNK=1024,
         )  # fmt: skip
         step_kernel[(blocks,)](
